@@ -1,0 +1,59 @@
+# `make` lists the targets; CONTRIBUTING.md says when to use which.
+PYTHON ?= python3
+NB     ?=
+RUN    := .venv/bin/python -m
+READY  := .venv/.ready
+MIN    := $(shell sed -n 's/^min_python = //p' settings.ini)
+
+.PHONY: help demo test export notebooks readme docs lock check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## train all five readouts on the toy world and compare them (under 3 minutes)
+	@root=results/demo-$$(date +%Y%m%d-%H%M%S) && mkdir -p $$root && \
+	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.train --multirun --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true \
+	  model=layerwise_attention,full_attention_pooling,decoder_output,attention_pooled_encoder,attention_pooled_decoder && \
+	$(RUN) rlhf_flant5.compare $$root
+
+test: $(READY) ## run every notebook's tests, then the programs' tests
+	OMP_NUM_THREADS=1 .venv/bin/nbdev_test
+	$(RUN) pytest -q
+
+export: $(READY) ## clean the notebooks, then write the modules from them
+	.venv/bin/nbdev_clean
+	.venv/bin/nbdev_export
+
+notebooks: $(READY) ## re-execute all notebooks in place and save their outputs (one: NB=nbs/01_data.ipynb)
+	.venv/bin/python tools/run_notebooks.py $(NB)
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	.venv/bin/python tools/make_readme.py
+
+docs: $(READY) ## build the docs site in _docs (needs Quarto)
+	@if command -v quarto >/dev/null; then PATH="$$PWD/.venv/bin:$$PATH" nbdev_docs; else \
+	.venv/bin/python -c 'from nbdev.serve import proc_nbs; proc_nbs()' && \
+	echo 'The pages are prepared in _proc, but not rendered: Quarto is not installed (https://quarto.org).'; fi
+
+lock: ## resolve settings.ini's requirements anew into requirements.lock
+	$(PYTHON) tools/lock.py
+
+check: $(READY) ## what CI checks after the tests: notebooks clean and exported, README current, wheel installs
+	PATH="$$PWD/.venv/bin:$$PATH" bash tools/check.sh
+
+clean: ## remove caches and built files (keeps .venv and results)
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	find nbs rlhf_flant5 tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+# the environment: exact versions, then this project, editable
+$(READY): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null || { \
+	seen=$$($(PYTHON) -c 'import platform; print("Python " + platform.python_version())' 2>/dev/null || echo missing); \
+	echo "error: Python $(MIN) or newer is needed, but $(PYTHON) is $$seen; name another one: make PYTHON=python$(MIN) $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo 'Installing the pinned packages into .venv; the first time this takes a few minutes.'
+	@$(RUN) pip install -q --disable-pip-version-check -r requirements.lock
+	@$(RUN) pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
