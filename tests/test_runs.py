@@ -1,0 +1,141 @@
+"`rlhf_flant5.runs` where a cell can't go: hostile git settings, other installations, kills, and names at random."
+import json, os, signal, stat, subprocess, sys, time
+from pathlib import Path
+import pytest
+from hypothesis import given, settings, strategies as st
+from rlhf_flant5 import runs
+from rlhf_flant5.config import ConfigError
+
+
+@pytest.fixture
+def repo(tmp_path):
+    "A checkout of a package of one text file, one binary file and one file with an odd name"
+    package = tmp_path/'repo'/'package'
+    package.mkdir(parents=True)
+    (package/'__init__.py').write_text('answer = 42\n')
+    (package/'weights.bin').write_bytes(bytes(range(256)))
+    (package/'a naïve "name".py').write_text('old\n')
+    for args in 'init -q -b main', 'add .', '-c user.name=a -c user.email=a@b.c -c commit.gpgsign=false commit -qm first':
+        runs.git(package.parent, *args.split())
+    return package.parent
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path/'results').mkdir()
+    return tmp_path/'results'
+
+
+def test_diff_survives_user_settings(repo, tmp_path, monkeypatch):
+    "The diff brings the code back whatever the user's git settings are, and inside a hook's environment"
+    config = tmp_path/'gitconfig'
+    config.write_text('[color]\nui = always\n[diff]\nnoprefix = true\nexternal = false\nmnemonicPrefix = true\n'
+                      '[status]\nshowUntrackedFiles = no\n[log]\nshowSignature = true\n[core]\nquotePath = true\n')
+    monkeypatch.setenv('GIT_CONFIG_GLOBAL', str(config))
+    monkeypatch.setenv('GIT_DIR', str(tmp_path/'nowhere'))
+    package = repo/'package'
+    (package/'__init__.py').write_text('answer = 43\n')
+    (package/'__init__.py').chmod(0o755)
+    (package/'weights.bin').write_bytes(bytes(range(255, -1, -1)))
+    (package/'a naïve "name".py').unlink()
+    source, diff = runs.read_source(package)
+    assert source['dirty'] and len(source['commit']) == 40
+    (package/'untracked.py').touch()
+    with pytest.raises(ConfigError, match='package/untracked.py'): runs.read_source(package)
+    (package/'untracked.py').unlink()
+
+    runs.git(repo, 'reset', '-q', '--hard')
+    (tmp_path/'changes.diff').write_bytes(diff)
+    runs.git(repo, 'apply', str(tmp_path/'changes.diff'))
+    assert (package/'__init__.py').read_text() == 'answer = 43\n' and (package/'__init__.py').stat().st_mode & stat.S_IXUSR
+    assert (package/'weights.bin').read_bytes() == bytes(range(255, -1, -1))
+    assert not (package/'a naïve "name".py').exists()
+
+
+def test_another_owner_is_an_error(repo, monkeypatch):
+    "Git refuses a folder of another owner: the guard must not take that for `no repository`"
+    monkeypatch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')
+    with pytest.raises(ConfigError, match='dubious ownership') as e: runs.find_checkout(repo/'package')
+    assert '\n' not in str(e.value)
+
+
+def test_no_git_no_commit_detached(repo, tmp_path, monkeypatch):
+    runs.git(repo, 'checkout', '-q', '--detach')
+    assert runs.read_source(repo/'package')[0]['branch'] is None
+    fresh = tmp_path/'fresh'/'package'
+    fresh.mkdir(parents=True)
+    (fresh/'__init__.py').touch()
+    runs.git(fresh, 'init', '-q', '..')
+    runs.git(fresh, 'add', '.')
+    with pytest.raises(ConfigError, match='not have any commits yet'): runs.read_source(fresh)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    source, diff = runs.read_source(repo/'package')
+    assert source['commit'] is None and source['version'] and diff == b''
+
+
+@settings(max_examples=300, deadline=None)
+@given(desc=st.text(max_size=120), index=st.one_of(st.integers(), st.text(max_size=5)))
+def test_names(tmp_path_factory, desc, index):
+    "Any name is refused in one line, or gives a folder directly below the root's, from which it can be read back"
+    root = tmp_path_factory.getbasetemp()
+    try: path = runs.run_dir(desc, index, root)
+    except ConfigError as e: assert len(str(e).splitlines()) == 1
+    else:
+        assert path.parent == root.resolve()/'Reward-Model-Training'
+        assert runs.parse_run(path) == (desc, str(index))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.from_regex(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', fullmatch=True), st.text(max_size=200))
+def test_good_names_and_suggestions(good, bad):
+    assert runs.check_name('desc', good) == good
+    try: runs.check_name('desc', bad)
+    except ConfigError as e: runs.check_name('desc', str(e).rpartition('for instance desc=')[2])
+
+
+def test_kill_leaves_whole_files(root, tmp_path):
+    "A run killed while it rewrites its record leaves a whole record that says `running`"
+    (tmp_path/'package').mkdir()
+    (tmp_path/'package'/'__init__.py').touch()
+    code = (f"from rlhf_flant5.runs import *\nwith open_run('kill', 1, '', [], root={str(root)!r}, package_dir={str(tmp_path/'package')!r}) as run:\n"
+            "    i = 0\n    while True: run.note(i=i, filler='x'*100_000); i += 1")
+    job = subprocess.Popen([sys.executable, '-c', code])
+    record = root/'Reward-Model-Training'/'desc-kill,index-1'/'data'/'provenance.json'
+    end = time.time() + 60
+    while not (record.exists() and json.loads(record.read_text()).get('i', 0) > 3): assert job.poll() is None and time.time() < end
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    left = json.loads(record.read_text())
+    assert left['status'] == 'running' and left['i'] > 3
+
+
+def test_protection(root, tmp_path):
+    "Links, of files and of folders, are not followed; `unprotect` gives the owner alone the right back"
+    package, alien = tmp_path/'package', tmp_path/'alien'
+    for d in package, alien: d.mkdir()
+    (package/'__init__.py').touch()
+    (alien/'file').touch()
+    with runs.open_run('p', 1, '', [], root=root, package_dir=package) as run:
+        (run.simulation/'folder').symlink_to(alien)
+        (run.simulation/'.hidden').touch()
+        (run.simulation/'deep'/'er').mkdir(parents=True)
+        (run.simulation/'deep'/'er'/'file').touch()
+    writable = lambda p: bool(p.stat().st_mode & 0o222)
+    own = [p for d in (run.data, run.logs, run.simulation) for p in (d, *d.rglob('*')) if not p.is_symlink()]
+    assert len(own) >= 11 and not any(map(writable, own)) and writable(run.results)
+    assert writable(alien) and writable(alien/'file')
+    runs.unprotect(run.dir)
+    assert all(p.stat().st_mode & 0o222 == 0o200 for p in own if p != run.dir)
+
+
+def test_log_is_removed_when_the_record_fails(root, tmp_path, monkeypatch):
+    "The handler goes and the folders are closed even if the outcome can't be written"
+    import logging
+    (tmp_path/'__init__.py').touch()
+    run = runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path)
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    def full(*args): raise OSError(28, 'No space left on device')
+    with pytest.raises(OSError, match='No space left'):
+        with run: monkeypatch.setattr(runs, 'write_file', full)
+    assert (logging.getLogger().handlers, logging.getLogger().level) == before
+    assert not run.data.stat().st_mode & 0o222
