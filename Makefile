@@ -18,7 +18,7 @@ demo: $(READY) ## train all five readouts on the toy world and compare them (und
 
 test: $(READY) ## run every notebook's tests, then the programs' tests
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test
-	$(RUN) pytest -q
+	OMP_NUM_THREADS=1 $(RUN) pytest -q
 
 export: $(READY) ## clean the notebooks, then write the modules from them
 	.venv/bin/nbdev_clean
