@@ -171,6 +171,8 @@ def _parse(override):
 def _check_names(overrides):
     "Refuse an unknown group choice or key by name. `model=…` decides which keys there are, so groups come first."
     parsed = [_parse(o) for o in overrides]
+    for o in parsed:
+        if o.is_sweep_override(): raise ConfigError(f'{o.input_line}: several values; add -m for a run with each, or quote a text that holds a comma')
     groups = [o for o in parsed if o.key_or_group in ('model', 'experiment')]
     for o in groups:
         if o.is_delete() or o.value() is None: continue

@@ -122,7 +122,7 @@ def _from_hub(name, key, repo_type, fetch, timeout):
     except RepositoryNotFoundError: raise ConfigError(f'{key}={name}: no such folder here and no such {repo_type} on the hub') from None
     except Exception as e:
         why = f'the hub answered {e.response.status_code}' if isinstance(e, HfHubHTTPError) and e.response is not None else 'the hub cannot be reached'
-        raise ConfigError(f'{key}={name}: {why} and its cache does not hold it; {_way_out}') from None
+        raise ConfigError(f'{key}={name}: no such folder here, {why}, and its cache does not hold it; {_way_out}') from None
 
 # %% ../nbs/01_data.ipynb #61b1f9ca
 def resolve_folder(name:str,            # a local folder or an id of the hub

@@ -44,7 +44,7 @@ def pair_scores(chosen, rejected, subsets) -> dict: # as `score_rows`, with `sub
 def show_scores(scores:dict # of `pair_scores`
                ) -> str:
     "`72.3% (70.1 to 74.4) of 1,612, loss 0.55`, with the ties if there are any."
-    ties = f', {scores["n_ties"]:,} ties' if scores['n_ties'] else ''
+    ties = f', {scores["n_ties"]:,} tie{"s"*(scores["n_ties"] > 1)}' if scores['n_ties'] else ''
     return f'{100*scores["accuracy"]:.1f}% ({100*scores["low"]:.1f} to {100*scores["high"]:.1f}) of {scores["n"]:,}{ties}, loss {scores["loss"]:.4f}'
 
 # %% ../nbs/30_metrics.ipynb #99d9eae0

@@ -233,7 +233,7 @@ def _work(args, command) -> int:
 def main(argv:list[str]|None=None # default: the command line
         ) -> int: # exit code
     "The command `python -m rlhf_flant5.train`."
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     ours, console = logging.getLogger('rlhf_flant5'), logging.StreamHandler()
     console.setFormatter(logging.Formatter('%(message)s')); ours.addHandler(console); ours.setLevel(logging.INFO)
     try:

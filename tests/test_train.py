@@ -57,7 +57,7 @@ def test_no_hub_and_no_cache(results, tmp_path):
     done = program('rlhf_flant5.train', 'desc=none', *short, env=dict(HF_HOME=str(tmp_path/'empty'), HF_ENDPOINT='http://127.0.0.1:9'))
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert last.startswith('error: data.name=Anthropic/hh-rlhf: the hub cannot be reached') and 'experiment=toy' in last and 'local folder' in last
+    assert last.startswith('error: data.name=Anthropic/hh-rlhf: no such folder here, the hub cannot be reached') and 'experiment=toy' in last and 'local folder' in last
 
 
 def test_a_hub_that_never_answers(tmp_path, monkeypatch):

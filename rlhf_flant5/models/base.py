@@ -236,7 +236,7 @@ def first_position_attention(model:RewardModel,
 def plot_tokens(ax, tokens:list[str], weights:torch.Tensor, title:str='', rows:str='block'):
     "Weights of tokens as a map: a column a token, a row a block, (K, L)."
     k = len(weights)
-    ax.imshow(weights.detach(), aspect='auto', cmap='Blues', vmin=0); ax.grid(False)
+    ax.imshow(weights.detach(), aspect='auto', cmap='Blues', vmin=0, vmax=max(weights.max().item(), 4/len(tokens))); ax.grid(False)   # uniform weights stay pale
     ax.set_xticks(range(len(tokens)), [t.replace('▁', ' ').strip() for t in tokens], rotation=90, fontsize=6); ax.set_yticks(range(k), range(1, k + 1)); ax.set(title=title, ylabel=rows)
 
 # %% ../../nbs/20_reward_model.ipynb #3afb1c09
