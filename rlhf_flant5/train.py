@@ -139,7 +139,7 @@ def train_run(cfg, run) -> dict: # the summary, as in results/summary.json
     "Train in an open run."
     counts, accelerator = defaultdict(Counter), make_accelerator(cfg)
     tokenizer, splits, best = load_data(cfg, counts)
-    run.record('counts', counts); log.info(counts_line(counts))
+    run.record('counts', counts); log.info(f'run {run.dir}'); log.info(counts_line(counts))
     run.note(data_fingerprint={k: fingerprint(ds) for k, ds in splits.items()}, device=str(accelerator.device), precision=accelerator.mixed_precision.replace('no', 'fp32'))
     set_seed(cfg.seed); model = build_model(cfg.model)
     batches, cached = make_batches(cfg, model, tokenizer, splits, accelerator)
@@ -173,9 +173,7 @@ def train(overrides:list[str],      # settings, `key=value`
     best_device(cfg.device_name)
     run = open_run(cfg.desc, cfg.index, OmegaConf.to_yaml(cfg), command or ['python', '-m', 'rlhf_flant5.train', *overrides], cfg.sim_man.allow_untracked)
     datasets.disable_progress_bars(); transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
-    with run:
-        log.info(f'run {run.dir}')
-        return train_run(cfg, run) | dict(folder=run.dir)
+    with run: return train_run(cfg, run) | dict(folder=run.dir)
 
 # %% ../nbs/34_train.ipynb #4debe4ec
 def sweep(overrides:list[str]) -> list[list[str]]: # the settings of each run
