@@ -23,7 +23,7 @@ def compute_features(model:RewardModel,     # its backbone frozen, its features 
     with torch.no_grad(), tqdm(total=len(batches), desc='states', unit='pair', disable=None) as bar:
         for m in batches.once():
             m = m.to(device)
-            with autocast() if autocast else torch.no_grad(): f = model.features(model.backbone(**m.inputs)).float().cpu()
+            with autocast() if autocast else torch.no_grad(): f = model.features(model.states(**m.inputs)).float().cpu()
             if out is None: out = f.new_empty(len(batches), 2, *f.shape[1:])
             out[m.rows, 0], out[m.rows, 1] = f.chunk(2)
             bar.update(len(m))

@@ -28,6 +28,7 @@ class RewardModel(nn.Module):
     "A backbone and a readout. A subclass sets its modules in `__init__` and defines `features` and `readout`."
     reads_decoder = False  # the backbone needs its decoder
     cacheable = False      # `features` is one small tensor a text, (N, K, D), worth computing once when the backbone is frozen
+    n_token_blocks = 0     # `features` reads all tokens of so many last encoder blocks
 
     def __init__(self, backbone:Backbone, **settings): # settings: the readout's own arguments, saved with it
         super().__init__()
@@ -38,13 +39,14 @@ class RewardModel(nn.Module):
     def readout(self, features) -> torch.Tensor: raise NotImplementedError  # -> rewards (N,)
 
     def readout_parameters(self): return (p for n, p in self.named_parameters() if not n.startswith('backbone.'))
+    def states(self, input_ids, attention_mask) -> States: return self.backbone(input_ids, attention_mask, self.n_token_blocks)
 
     def forward(self,
                 input_ids:torch.Tensor|None=None,       # tokens, (N, L)
                 attention_mask:torch.Tensor|None=None,  # 1 for real tokens, (N, L)
                 features:torch.Tensor|None=None         # instead of tokens: what `features` gave for a frozen backbone
                ) -> torch.Tensor: # rewards, (N,)
-        if features is None: features = self.features(self.backbone(input_ids, attention_mask))
+        if features is None: features = self.features(self.states(input_ids, attention_mask))
         with torch.autocast(next(self.readout_parameters()).device.type, enabled=False): return self.readout(features)
 
 # %% ../../nbs/20_reward_model.ipynb #13399a0f
@@ -251,7 +253,7 @@ def cost_table(size:str='small', # of FLAN-T5
         with torch.device('meta'): model = cls(Backbone((T5Model if cls.reads_decoder else T5EncoderModel)(flan_t5_config(size)))).eval()
         row, ids = dict(readout=name, backbone=n(model.backbone.parameters()), parameters=n(model.readout_parameters())), torch.full((1, n_tokens), 5)
         model = model.to_empty(device='cpu')      # memory without values: operations don't depend on them
-        with torch.no_grad(), FlopCounterMode(display=False) as bare: states = model.backbone(ids, torch.ones_like(ids))
+        with torch.no_grad(), FlopCounterMode(display=False) as bare: states = model.states(ids, torch.ones_like(ids))
         with torch.no_grad(), FlopCounterMode(display=False) as own: model.readout(model.features(states))
         rows.append(row | dict(backbone_gflop=bare.get_total_flops()/1e9, mflop=own.get_total_flops()/1e6))
     return rows

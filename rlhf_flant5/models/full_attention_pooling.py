@@ -23,14 +23,14 @@ class RewardFromFullAttentionPooling(RewardModel):
                  readout_additional_layers=()):           # widths of the head's hidden layers
         super().__init__(backbone, layer_pooling_output_dim=layer_pooling_output_dim, cross_layer_pooling_output_dim=cross_layer_pooling_output_dim,
                          n_blocks_to_use=n_blocks_to_use, readout_additional_layers=list(readout_additional_layers))
-        self.n_blocks = self.count_blocks('encoder', n_blocks_to_use)
+        self.n_blocks = self.n_token_blocks = self.count_blocks('encoder', n_blocks_to_use)
         self.token_pools = nn.ModuleList(AttentionPooling(backbone.d_model) for _ in range(self.n_blocks))
         self.widths = nn.ModuleList(GeGLU(backbone.d_model, layer_pooling_output_dim) for _ in range(self.n_blocks))
         self.block_pool = AttentionPooling(layer_pooling_output_dim)
         self.block_width = GeGLU(layer_pooling_output_dim, cross_layer_pooling_output_dim)
         self.head = RewardHead(cross_layer_pooling_output_dim, readout_additional_layers)
 
-    def features(self, states:States): return states.last_blocks('encoder', self.n_blocks), states.mask   # K x (N, L, D), (N, L)
+    def features(self, states:States): return states.last_blocks(self.n_blocks), states.texts.mask   # K x (N, L, D), (N, L)
 
     def pool_tokens(self, features) -> torch.Tensor: # (N, K, P)
         blocks, mask = features

@@ -21,13 +21,13 @@ class RewardFromLayerwiseAttention(RewardModel):
                  n_blocks_to_use:int|None=4,       # read the last so many blocks (all, if fewer); None: all
                  readout_additional_layers=()):    # widths of the head's hidden layers
         super().__init__(backbone, pooling_output_dim=pooling_output_dim, n_blocks_to_use=n_blocks_to_use, readout_additional_layers=list(readout_additional_layers))
-        self.n_blocks = self.count_blocks('encoder', n_blocks_to_use)
+        self.n_blocks = self.n_token_blocks = self.count_blocks('encoder', n_blocks_to_use)
         self.token_pools = nn.ModuleList(AttentionPooling(backbone.d_model) for _ in range(self.n_blocks))
         self.widths = nn.ModuleList(GeGLU(backbone.d_model, pooling_output_dim) for _ in range(self.n_blocks))
         self.block_pool = WeightedPooling(self.n_blocks)
         self.head = RewardHead(pooling_output_dim, readout_additional_layers)
 
-    def features(self, states:States): return states.last_blocks('encoder', self.n_blocks), states.mask   # K x (N, L, D), (N, L)
+    def features(self, states:States): return states.last_blocks(self.n_blocks), states.texts.mask   # K x (N, L, D), (N, L)
 
     def readout(self, features) -> torch.Tensor: # rewards (N,)
         blocks, mask = features
