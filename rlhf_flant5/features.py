@@ -72,8 +72,8 @@ def cache_folder() -> Path: # $RLHF_FLANT5_CACHE, else $XDG_CACHE_HOME/rlhf_flan
     own, xdg = os.environ.get('RLHF_FLANT5_CACHE'), os.environ.get('XDG_CACHE_HOME')
     return Path(own).expanduser() if own else Path(xdg or '~/.cache').expanduser()/'rlhf_flant5'
 
-# %% ../nbs/31_features.ipynb #a23f3888
-FORMAT, SEGMENT = 1, 512   # of an entry; pairs between two lines of the journal
+# %% ../nbs/31_features.ipynb #bfea6fa6
+FORMAT, SEGMENT = 1, 512   # raise the first when other states are stored; pairs between two lines of the journal
 
 class KeptStates:
     "First positions' states of all pairs, after all blocks; mapped into memory, not read."

@@ -1,5 +1,6 @@
 "Kept states where a cell can't go: processes killed in the middle, two at once, full disks, whole runs that share an entry."
 import errno, json, logging, multiprocessing, os, random, re, resource, shutil, time
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 import numpy as np
 import pytest, torch
@@ -7,9 +8,9 @@ from transformers import T5Model
 from rlhf_flant5 import features
 from rlhf_flant5.backbone import Backbone
 from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import PairBatches
-from rlhf_flant5.features import FeatureBatches, keep_states, kept_features
-from rlhf_flant5.toy import toy_transformer
+from rlhf_flant5.data import PairBatches, encode, pad_ids, tokenize_pairs
+from rlhf_flant5.features import keep_states
+from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
 
 N, SEGMENT = 200, 16
 n_segments = -(-N//SEGMENT)
@@ -73,7 +74,8 @@ def test_kills_cost_time_only(tmp_path, spawn):
         before, n = promised(broken), len(begun(notes))
         p = spawn(broken, notes, .02)
         if attempt % 3:   # in the pass
-            while p.is_alive() and len(begun(notes)) == n: time.sleep(.001)
+            end = time.monotonic() + 60
+            while p.is_alive() and len(begun(notes)) == n and time.monotonic() < end: time.sleep(.001)
             p.join(rng.uniform(0, .2))
         else: p.join(rng.uniform(0, .3))   # perhaps before it
         p.kill(); p.join()
@@ -99,9 +101,6 @@ def test_two_processes_compute_once(tmp_path, spawn):
 
 
 def test_what_makes_another_entry(tmp_path):
-    from collections import Counter, defaultdict
-    from rlhf_flant5.data import tokenize_pairs
-    from rlhf_flant5.toy import toy_pairs, toy_tokenizer
     tokenizer, pairs = toy_tokenizer(), toy_pairs(12, seed=2)
     def batches(pairs, max_tokens=128): return PairBatches(tokenize_pairs(pairs, tokenizer, max_tokens, 'truncate_left', 'train', defaultdict(Counter)), 0, 8, 512)
     def backbone(**changes): return Backbone(toy_transformer(cls=T5Model, **changes), train_transformer=False)
@@ -178,6 +177,7 @@ def test_rest_is_estimated(tmp_path, few, monkeypatch, caplog):
 
 def test_runs_share_the_entries(results, monkeypatch):
     "Three readouts with three seeds: the first run computes, the others find; the encoder's readout is saved without the decoder it borrowed."
+    from rlhf_flant5.models.base import RewardModel
     from rlhf_flant5.train import train
     monkeypatch.setenv('RLHF_FLANT5_CACHE', str(results/'cache')); few = SimpleNamespace(pairs=0); compute = features.first_states
     def counted(backbone, batches, rows, autocast): few.pairs += len(rows); return compute(backbone, batches, rows, autocast)
@@ -186,5 +186,8 @@ def test_runs_share_the_entries(results, monkeypatch):
         s = train(['experiment=toy', f'model={model}', f'seed={seed}', 'model.train_transformer=False', 'data.n_train_data=96', 'data.n_test_data=40', 'training.loop.n_val_data=40',
                    'training.loop.n_epochs=1', 'desc=share', f'index={seed}', 'device_name=cpu', 'sim_man.allow_untracked=true'])
         seen.append(few.pairs); assert s['cached_states']
-        assert json.loads((s['folder']/'simulation'/'best_model'/'config.json').read_text())['has_decoder'] == (seed > 0)
+        model = RewardModel.from_pretrained(s['folder']/'simulation'/'best_model'); row = json.loads((s['folder']/'results'/'test_pairs.jsonl').read_text().splitlines()[0])
+        text = {r['id']: r['chosen'] for r in toy_pairs(split='test')}[row['id']]
+        assert model.backbone.has_decoder == (seed > 0)
+        assert abs(model(**pad_ids(encode(model.tokenizer, [text]), 0)).item() - row['reward_chosen']) < 1e-3   # half precision
     assert seen == [176]*3 and len([*(results/'cache'/'states').iterdir()]) == 3
