@@ -54,7 +54,8 @@ class ModelConfig:
     _target_: str                      # the readout's class
     transformer_name: str              # a model id of the hub, a local folder, or `toy`
     train_transformer: bool            # train end to end, or only the readout
-    use_pretrained_output: bool        # frozen transformer: compute its states once and train on them
+    use_pretrained_output: bool        # frozen transformer: compute its states once, keep them on disk and train on them
+    kept_dtype: str                    # how they are kept: float16 or float32
     dropout: Optional[float]           # dropout rate in the transformer; null: the checkpoint's own
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
     lora: LoraConfig                   # adapters instead of full training of the transformer
@@ -199,6 +200,7 @@ RULES = {   # pattern of the key -> (test, the words after "must be")
     r'model\.dropout':      ((lambda v: v is None or 0 <= v < 1), 'null or at least 0 and below 1'),
     r'model\.\w*output_dim|model\.n_blocks_to_use|model\.lora\.alpha': _at_least(1),
     r'model\.lora\.r':      _at_least(0),
+    r'model\.kept_dtype':  _one_of('float16', 'float32'),
     r'model\.readout_additional_layers': ((lambda v: all(n > 0 for n in v)), 'a list of widths above 0'),
     r'training\.token_budget': ((lambda v: v == 'auto' or (type(v) is int and v > 0)), 'auto or a whole number above 0'),
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),

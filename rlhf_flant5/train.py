@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from .backbone import Backbone, load_flan_t5
 from .config import ConfigError, best_device, choices, choose_precision, load_config, set_seed
 from .data import PairBatches, counts_line, fingerprint, load_tokenizer, pairs_folder, prepare_splits, read_pairs
-from .features import FeatureBatches, compute_features
+from .features import FeatureBatches, keep_states, kept_features, without_decoder
 from .loop import History, NonFiniteLoss, TensorBoard, TrainingLoop, evaluate
 from .metrics import calibration_error, pair_scores, show_scores
 from .models.base import RewardModel, pair_loss, readout_name
@@ -50,7 +50,7 @@ def load_data(cfg, # the whole configuration
     return tokenizer, splits, best_reachable_accuracy(splits['test']) if toy else None
 
 # %% ../nbs/34_train.ipynb #545c6a51
-_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'dropout', 'gradient_checkpointing', 'lora')
+_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'kept_dtype', 'dropout', 'gradient_checkpointing', 'lora')
 
 def load_transformer(name, decoder, dropout):
     "A T5 by name, or the toy world's, with the decoder or without."
@@ -62,7 +62,8 @@ def build_model(cfg # the `model` settings
     "Backbone and readout from the configuration. Raises `ConfigError`."
     cls = pydoc.locate(cfg._target_)
     if not (isinstance(cls, type) and issubclass(cls, RewardModel)): raise ConfigError(f'model._target_={cfg._target_}: must be a subclass of RewardModel; model=<name> sets it to one of {", ".join(choices("model"))}')
-    backbone = Backbone(load_transformer(cfg.transformer_name, cls.reads_decoder, cfg.dropout), cfg.train_transformer, cfg.gradient_checkpointing, OmegaConf.to_container(cfg.lora))
+    decoder = cls.reads_decoder or (cls.cacheable and cfg.use_pretrained_output and not cfg.train_transformer)   # kept states are those of both stacks
+    backbone = Backbone(load_transformer(cfg.transformer_name, decoder, cfg.dropout), cfg.train_transformer, cfg.gradient_checkpointing, OmegaConf.to_container(cfg.lora))
     return cls(backbone, **{k: v for k, v in OmegaConf.to_container(cfg).items() if k not in _backbone_keys})
 
 # %% ../nbs/34_train.ipynb #7a439db1
@@ -83,8 +84,10 @@ def make_batches(cfg, model, tokenizer, splits, accelerator): # {train, validati
         log.warning(f'{readout_name(type(model))} reads the states of all tokens, which are not kept: each step passes through the frozen transformer')
         return batches, False
     model.to(accelerator.device)
-    kept = {k: FeatureBatches(compute_features(model, b, accelerator.autocast), b) for k, b in batches.items()}
-    log.info(f'kept the states of {sum(map(len, kept.values())):,} pairs, {sum(b.features.nbytes for b in kept.values())/2**20:,.1f} MiB')
+    precision = accelerator.mixed_precision.replace('no', 'fp32')
+    entries = {k: keep_states(model.backbone, b, dtype=cfg.model.kept_dtype, autocast=accelerator.autocast, precision=precision) for k, b in batches.items()}
+    kept = {k: FeatureBatches(kept_features(model, entries[k]), b) for k, b in batches.items()}
+    if not model.reads_decoder: model.backbone = without_decoder(model.backbone)
     return kept, True
 
 def make_optimizer(cfg, model):

@@ -13,6 +13,12 @@ def program(*args, **kwargs):
     return subprocess.run([sys.executable, '-m', *args], text=True, capture_output=True, env=env, **kwargs)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+    "Kept states of the tests, apart from the user's."
+    os.environ['RLHF_FLANT5_CACHE'] = str(tmp_path_factory.mktemp('cache'))
+
+
 @pytest.fixture(scope='session')
 def model_folder(tmp_path_factory):
     from rlhf_flant5.backbone import build_flan_t5
