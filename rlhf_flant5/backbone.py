@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAN_T5_SIZES', 'ATTENTION', 'flan_t5_config', 'build_flan_t5', 'load_flan_t5', 'unit_rms', 'Texts', 'attend_by_text',
            'attend_padded', 'attend_fused', 'attend_flex', 'cheap_dropout', 'Dropout', 'choose_attention',
-           'attend_once', 'BlockNorm', 'fuse', 'States', 'Backbone', 'project', 'position_bias', 'check_batch',
+           'attend_once', 'BlockNorm', 'fuse', 'States', 'project', 'position_bias', 'Backbone', 'check_batch',
            'freeze_idle', 'add_lora']
 
 # %% ../nbs/10_backbone.ipynb #0638d390
@@ -212,6 +212,18 @@ class States:
         "The first position's states after the last `n` blocks of `encoder` or `decoder`, root mean square 1."
         return torch.stack([unit_rms(h) for h in getattr(self, stack)[-n:]], 1)
 
+# %% ../nbs/10_backbone.ipynb #8eb699f9
+def project(layer, x): # (T, D) -> queries, keys and values, (T, H, d) each
+    a, normed = layer.SelfAttention, layer.layer_norm(x)
+    return [f(normed).unflatten(1, (a.n_heads, -1)) for f in (a.q, a.k, a.v)]
+
+def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
+    "T5's bias of each distance (Raffel et al. 2020), looked up once a distance."
+    distance = torch.arange(1 - length, length, device=attention.relative_attention_bias.weight.device)
+    bucket = attention._relative_position_bucket(distance, True, attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
+    by_distance = attention.relative_attention_bias(bucket).T                        # (H, 2L - 1)
+    return by_distance.unfold(1, length, 1).flip(1)                                  # row i begins at distance -i
+
 # %% ../nbs/10_backbone.ipynb #4bcfff3c
 class Backbone(nn.Module):
     "A T5 as a source of states."
@@ -223,7 +235,7 @@ class Backbone(nn.Module):
                  attention:str='auto'):              # by_text, padded, fused or flex
         super().__init__()
         self.transformer, self.trained, self.lora = fuse(transformer), train_transformer, dict(lora or dict(r=0))
-        self.gradient_checkpointing, self.attention = gradient_checkpointing, attention
+        self.gradient_checkpointing, self.attention, self.project = gradient_checkpointing, attention, project
         self.has_decoder = isinstance(transformer, T5Model)
         if not train_transformer: transformer.requires_grad_(False)
         elif self.lora['r']: add_lora(transformer, **self.lora)
@@ -256,7 +268,7 @@ def _encode(self:Backbone, ids, texts, n_blocks): # -> (tokens of the last block
 @patch
 def _block(self:Backbone, block, x, bias, texts): # (T, D) -> (T, D)
     layer, a = block.layer[0], block.layer[0].SelfAttention
-    q, k, v = project(layer, x)
+    q, k, v = self.project(layer, x)
     x = x + layer.dropout(a.o(choose_attention(self.attention, texts)(q, k, v, bias, texts, a.dropout * a.training).flatten(1)))
     return block.layer[1](x)
 
@@ -265,18 +277,6 @@ def _first_position(self:Backbone, block, x, bias, texts): # (T, D) -> (N, D)
     layer = block.layer[0]; normed = layer.layer_norm(x)
     first = attend_once(layer.SelfAttention, normed[texts.starts], texts.spread(normed), texts.mask, bias[:, :1])
     return block.layer[1](x[texts.starts] + layer.dropout(first))
-
-# %% ../nbs/10_backbone.ipynb #8eb699f9
-def project(layer, x): # (T, D) -> queries, keys and values, (T, H, d) each
-    a, normed = layer.SelfAttention, layer.layer_norm(x)
-    return [f(normed).unflatten(1, (a.n_heads, -1)) for f in (a.q, a.k, a.v)]
-
-def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
-    "T5's bias of each distance (Raffel et al. 2020), looked up once a distance."
-    distance = torch.arange(1 - length, length, device=attention.relative_attention_bias.weight.device)
-    bucket = attention._relative_position_bucket(distance, True, attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
-    by_distance = attention.relative_attention_bias(bucket).T                        # (H, 2L - 1)
-    return by_distance.unfold(1, length, 1).flip(1)                                  # row i begins at distance -i
 
 # %% ../nbs/10_backbone.ipynb #4989a1a9
 @patch
@@ -307,6 +307,14 @@ def forward(self:Backbone,
         tokens, first = self._encode(texts.pack(input_ids), texts, max(n_blocks, self.has_decoder))
         decoder = self._decode(texts.spread(tokens[-1]), attention_mask) if self.has_decoder else []
     return States(tokens[-n_blocks:] if n_blocks else [], first, decoder, texts)
+
+# %% ../nbs/10_backbone.ipynb #e8a2fd68
+@patch
+def compile_blocks(self:Backbone):
+    "Compile feed-forward layers and projections; the first batches then take longer."
+    t = self.transformer
+    for block in [*t.encoder.block, *(t.decoder.block if self.has_decoder else [])]: block.layer[-1].compile(dynamic=True)
+    self.project = torch.compile(project, dynamic=True)
 
 # %% ../nbs/10_backbone.ipynb #c8b70ccc
 def check_batch(input_ids, attention_mask):

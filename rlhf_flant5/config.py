@@ -37,6 +37,7 @@ class DataConfig:
     max_tokens: int            # the longest text, in tokens with the end token
     too_long: str              # what to do with a longer one: drop its pair, truncate_left, or error
     seed: int                  # draws the validation split
+    order_seed: Optional[int]  # draws the order of the pairs in each epoch; null: `seed` of the run
     n_train_data: int          # use a random draw of so many training pairs; 0: all
     n_test_data: int           # use a random draw of so many test pairs; 0: all
 
@@ -58,6 +59,7 @@ class ModelConfig:
     kept_dtype: str                    # how they are kept: float16 or float32
     dropout: Optional[float]           # dropout rate in the transformer; null: the checkpoint's own
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
+    attention: str                     # by_text, padded, fused, flex, or auto: the fastest for device and lengths
     lora: LoraConfig                   # adapters instead of full training of the transformer
     readout_additional_layers: list[int]  # widths of the hidden layers of the reward head
 
@@ -116,7 +118,8 @@ class LoopConfig:
 @dataclass
 class TrainingConfig:
     precision: str                     # auto, fp32 or bf16
-    token_budget: Any                  # padded tokens that pass through the model at once, or auto
+    token_budget: Any                  # padded tokens that pass through the model at once, or auto: what fits and is fast
+    compile: Any                       # true, false, or auto: if the run is long enough to earn the warm-up back
     optimizer: OptimizerConfig
     loop: LoopConfig
 
@@ -128,7 +131,7 @@ class SimManConfig:
 class Config:
     desc: str                          # names the run's folder, with index
     index: int
-    seed: int                          # weights, order of the pairs, dropout
+    seed: int                          # weights, dropout, and the order of the pairs unless data.order_seed names another
     device_name: Optional[str]         # cpu, cuda, cuda:1, mps; null: the best there is
     use_multi_gpu_if_available: bool
     sim_man: SimManConfig
@@ -187,11 +190,11 @@ def _check_names(overrides):
             raise ConfigError(f'unknown setting {o.key_or_group!r}{_nearest(o.key_or_group, keys) or "; the settings stand in rlhf_flant5/config/reward_model_config.yaml"}')
 
 # %% ../nbs/00_config.ipynb #6e0d1df6
-def _one_of(*words): return (lambda v: v in words), 'one of ' + ', '.join(words)
+def _one_of(*words): return (lambda v: v in words), 'one of ' + ', '.join(map(str, words))
 def _at_least(n, inclusive=True): return (lambda v: v is None or (v >= n if inclusive else v > n)), f'{"at least" if inclusive else "more than"} {n}'
 _interval = r'training\.loop\.intervals\.\w+\.'
 RULES = {   # pattern of the key -> (test, the words after "must be")
-    r'index|seed|data\.seed': _at_least(0),
+    r'index|seed|data\.seed|data\.order_seed': _at_least(0),
     r'data\.val_fraction':  ((lambda v: 0 < v < 1), 'between 0 and 1, both excluded'),
     r'data\.subdirs':       ((lambda v: len(v) > 0 and len(set(v)) == len(v)), 'a list of different subsets, one at least'),
     r'data\.max_tokens':    _at_least(2),
@@ -202,6 +205,8 @@ RULES = {   # pattern of the key -> (test, the words after "must be")
     r'model\.lora\.r':      _at_least(0),
     r'model\.kept_dtype':  _one_of('float16', 'float32'),
     r'model\.readout_additional_layers': ((lambda v: all(n > 0 for n in v)), 'a list of widths above 0'),
+    r'model\.attention':   _one_of('auto', 'by_text', 'padded', 'fused', 'flex'),
+    r'training\.compile':  _one_of('auto', True, False),
     r'training\.token_budget': ((lambda v: v == 'auto' or (type(v) is int and v > 0)), 'auto or a whole number above 0'),
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),
     r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': ((lambda v: v is None or 0 < v < float('inf')), 'above 0 and finite'),

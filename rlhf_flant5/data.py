@@ -270,7 +270,7 @@ class MicroBatch:
     inputs: dict[str, torch.Tensor] # the model's arguments; the first half of the rows are chosen texts, the second the rejected of the same pairs
     rows: np.ndarray                # which pairs, as positions in the data set
     n_tokens: int                   # real tokens
-    n_positions: int                # computed positions, padding included
+    n_positions: int                # positions of the rectangle, padding included
 
     def __len__(self): return len(self.rows)
     def to(self, device): return MicroBatch({k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}, self.rows, self.n_tokens, self.n_positions)

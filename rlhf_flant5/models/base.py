@@ -44,9 +44,10 @@ class RewardModel(nn.Module):
     def forward(self,
                 input_ids:torch.Tensor|None=None,       # tokens, (N, L)
                 attention_mask:torch.Tensor|None=None,  # 1 for real tokens, (N, L)
-                features:torch.Tensor|None=None         # instead of tokens: what `features` gave for a frozen backbone
+                features:torch.Tensor|None=None,        # instead of tokens: what `features` gave for a frozen backbone
+                states:States|None=None                 # instead of tokens: the backbone's states, computed for several readouts
                ) -> torch.Tensor: # rewards, (N,)
-        if features is None: features = self.features(self.states(input_ids, attention_mask))
+        if features is None: features = self.features(states or self.states(input_ids, attention_mask))
         with torch.autocast(next(self.readout_parameters()).device.type, enabled=False): return self.readout(features)
 
 # %% ../../nbs/20_reward_model.ipynb #13399a0f
