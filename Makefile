@@ -10,7 +10,7 @@ MIN    := $(shell sed -n 's/^min_python = //p' settings.ini)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## train all five readouts on the toy world and compare them (under 3 minutes)
+demo: $(READY) ## train all five readouts on the toy world and compare them (2 minutes on two cores)
 	@root=results/demo-$$(date +%Y%m%d-%H%M%S) && mkdir -p $$root && \
 	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.train --multirun --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true \
 	  model=layerwise_attention,full_attention_pooling,decoder_output,attention_pooled_encoder,attention_pooled_decoder && \

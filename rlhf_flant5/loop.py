@@ -297,6 +297,9 @@ def _after_step(loops, share, check):
     for l in loops:
         if l.due('checkpointing') and l.state.n_batches < l.n_total: l.checkpoint()
 
+def _interrupted(loop):
+    if loop.state.n_batches: loop.log.info(f'{loop.name}interrupted after batch {loop.state.n_batches} of {loop.n_total}; checkpoint written to {loop.checkpoint()}')
+
 def _show(bar, done:StepResult):
     now = score_rows(done.chosen, done.rejected)
     bar.set_postfix_str(f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}', refresh=False); bar.update()
@@ -322,10 +325,10 @@ def run_loops(loops:list[TrainingLoop],    # over the same pairs in the same ord
                 else:
                     for l in live: l.state.epoch += 1
         except KeyboardInterrupt:
-            for l in live:
-                if l.state.n_batches: l.log.info(f'{l.name}interrupted after batch {l.state.n_batches} of {l.n_total}; checkpoint written to {l.checkpoint()}')
+            for l in live: _interrupted(l)
             raise
 
+# %% ../nbs/33_loop.ipynb #8172fb19
 @patch
 def run(self:TrainingLoop) -> LoopState:
     "Train this loop alone to its end."

@@ -120,6 +120,7 @@ def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairB
     for b in batches.values(): b.token_budget = budget
     return batches
 
+# %% ../nbs/34_train.ipynb #5e94f8f8
 def kept_batches(cfg, model, batches, accelerator) -> dict[str, FeatureBatches]:
     "Batches of states, computed in one pass of the frozen backbone or found on disk. Takes an unread decoder off the model."
     keep = lambda b: keep_states(model.backbone, b, dtype=cfg.model.kept_dtype, autocast=accelerator.autocast, precision=precision_name(accelerator))
@@ -245,6 +246,7 @@ def make_loop(cfg, run, model, batches, accelerator, saver, board) -> TrainingLo
     return TrainingLoop(model, optimizer, pair_loss, batches['train'], batches['validation'], cfg.training.loop, cfg.training.optimizer, run.simulation,
                         accelerator, [board, History(run.results/'history.jsonl')], saver.save, saver.load)
 
+# %% ../nbs/34_train.ipynb #26088e67
 def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary.json
     "Train in open runs: one, or several over one frozen pass."
     cfg, counts, accelerator = cfgs[0], defaultdict(Counter), make_accelerator(cfgs[0])

@@ -35,6 +35,17 @@ def test_readouts_trained_and_frozen(results, model_folder, pairs_folder, model)
     assert 'use_pretrained_output=True is ignored' in done.stderr
 
 
+def test_side_by_side(results, model_folder, pairs_folder):
+    "Lists of readouts and seeds share one pass of the frozen transformer; kept states and all tokens may be mixed."
+    done = program('rlhf_flant5.train', 'model=[layerwise_attention,full_attention_pooling,decoder_output]', 'seed=[1,2]', 'model.train_transformer=False', 'desc=x',
+                   f'data.name={pairs_folder}', f'model.transformer_name={model_folder}', *short)
+    assert done.returncode == 0, done.stderr
+    for model in ('layerwise_attention', 'full_attention_pooling', 'decoder_output'):
+        for seed in (1, 2): s = summary(results, f'desc-x-{model}-{seed},index-0'); assert (s['readout'], s['seed'], s['n_batches']) == (model, seed, 2)
+    done = program('rlhf_flant5.train', 'seed=[1,2]', 'desc=y', f'data.name={pairs_folder}', f'model.transformer_name={model_folder}', *short)
+    assert done.returncode == 2 and 'share the pass of a frozen transformer' in done.stderr and not [*results.rglob('desc-y*')]
+
+
 def lay_out(cache, repo_type, name, folder):
     "A snapshot as the hub's client lays it out."
     base = cache/'hub'/f'{repo_type}s--{name.replace("/", "--")}'
