@@ -37,6 +37,12 @@ def test_title_cell_holds_nothing_else(name):
 
 
 @pytest.mark.parametrize('name', notebooks)
+def test_saved_outputs_hold_no_path_and_no_warning(name):
+    said = [json.dumps({k: v for k, v in (o.get('data') or o).items() if not k.startswith('image/')}) for c in cells(root/'nbs'/name) for o in c.get('outputs', [])]
+    assert not [x[:200] for x in said if re.search(r'site-packages|Warning:|[" ]/(home|root|tmp|work)/', x)]
+
+
+@pytest.mark.parametrize('name', notebooks)
 def test_imports_stand_alone(name):
     # subtle: the docs build runs cells with imports whole, but not what they may need from the cells above
     for src in (''.join(c['source']) for c in cells(root/'nbs'/name) if c['cell_type'] == 'code'):
