@@ -73,7 +73,7 @@ def cache_folder() -> Path: # $RLHF_FLANT5_CACHE, else $XDG_CACHE_HOME/rlhf_flan
     return Path(own).expanduser() if own else Path(xdg or '~/.cache').expanduser()/'rlhf_flant5'
 
 # %% ../nbs/31_features.ipynb #bfea6fa6
-FORMAT, SEGMENT = 1, 512   # raise the first when other states are stored; pairs between two lines of the journal
+FORMAT, SEGMENT = 1, 128   # raise the first when other states are stored; pairs between two lines of the journal
 
 class KeptStates:
     "First positions' states of all pairs, after all blocks; mapped into memory, not read."
