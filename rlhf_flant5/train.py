@@ -105,7 +105,7 @@ def find_token_budget(model, longest:MicroBatch, device) -> int:
     per_token = max(saved_bytes(model, longest.to(device).inputs)/longest.n_positions, 1)
     fits = max(.5*(free_memory(device) - trained)/per_token, 1)
     budget = min(2**int(math.log2(fits)), ENOUGH_TOKENS.get(device.type, 4096))
-    log.info(f'token budget {budget:,}: {budget*per_token/2**20:,.0f} MiB of activations at once')
+    log.info(f'token budget {budget:,}: {budget*per_token/2**20:,.0f} MiB kept for the backward pass at once')
     return budget
 
 # %% ../nbs/34_train.ipynb #bbfae2b1
