@@ -124,7 +124,7 @@ def _flex(device_type): return torch.compile(flex_attention, dynamic=True) if de
 
 def attend_flex(q, k, v, bias, texts, dropout=0.):
     "The same over the packed tokens, with a mask of blocks (Dong et al. 2024, arXiv:2412.05496). Raises `ValueError` with dropout."
-    if dropout: raise ValueError(f'flex attention cannot drop attention weights (rate {dropout}); set model.dropout=0 or training.attention=fused')
+    if dropout: raise ValueError(f'flex attention cannot drop attention weights (rate {dropout}); set model.dropout=0 or model.attention=fused')
     n, device = len(q), q.device
     text = torch.repeat_interleave(torch.arange(len(texts.lengths), device=device), torch.tensor(texts.lengths, device=device))
     place = texts.places % texts.mask.shape[1]
