@@ -4,6 +4,7 @@ NB     ?=
 RUN    := .venv/bin/python -m
 READY  := .venv/.ready
 MIN    := $(shell sed -n 's/^min_python = //p' settings.ini)
+HASHED := pip install -q --disable-pip-version-check --require-hashes --no-build-isolation
 
 .PHONY: help demo test export notebooks readme docs lock check clean
 
@@ -35,8 +36,8 @@ docs: $(READY) ## build the docs site in _docs (needs Quarto)
 	.venv/bin/python -c 'from nbdev.serve import proc_nbs; proc_nbs()' && \
 	echo 'The pages are prepared in _proc, but not rendered: Quarto is not installed (https://quarto.org).'; fi
 
-lock: ## resolve settings.ini's requirements anew into requirements.lock
-	$(PYTHON) tools/lock.py
+lock: ## write requirements*.lock after a change of settings.ini (newer versions: UPGRADE=NAME or UPGRADE=all)
+	$(PYTHON) tools/lock.py $(UPGRADE)
 
 check: $(READY) ## what CI checks after the tests: notebooks clean and exported, README current, wheel installs
 	PATH="$$PWD/.venv/bin:$$PATH" bash tools/check.sh
@@ -45,8 +46,9 @@ clean: ## remove caches and built files (keeps .venv and results)
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis
 	find nbs rlhf_flant5 tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-# the environment: exact versions, then this project, editable
-$(READY): requirements.lock settings.ini setup.py
+# The environment: exact versions, each file checked against its hash, then this project, editable. What builds packages from their source is installed, and
+# so checked, before the rest. torch is the CPU-only build where pip, as it is configured, offers that, and else the default build.
+$(READY): requirements.lock requirements-cuda.lock requirements-cpu.lock settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN)".split("."))))' 2>/dev/null || { \
 	seen=$$($(PYTHON) -c 'import platform; print("Python " + platform.python_version())' 2>/dev/null || echo missing); \
 	echo "error: Python $(MIN) or newer is needed, but $(PYTHON) is $$seen; name another one: make PYTHON=python$(MIN) $(MAKECMDGOALS)" >&2; exit 1; }
@@ -54,6 +56,9 @@ $(READY): requirements.lock settings.ini setup.py
 	echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo 'Installing the pinned packages into .venv; the first time this takes a few minutes.'
-	@$(RUN) pip install -q --disable-pip-version-check -r requirements.lock
+	@awk '/^(packaging|setuptools|wheel)==/, !/\\$$/' requirements.lock >.venv/build.lock && $(RUN) $(HASHED) -r .venv/build.lock
+	@cpu=$$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements-cpu.lock); \
+	$(RUN) pip index versions --disable-pip-version-check torch 2>/dev/null | tr -s ', ' '\n\n' | grep -xF "$$cpu" >/dev/null && build=cpu || build=cuda; \
+	$(RUN) $(HASHED) -r requirements.lock -r requirements-$$build.lock
 	@$(RUN) pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
