@@ -5,8 +5,12 @@ RUN    := .venv/bin/python -m
 READY  := .venv/.ready
 MIN    := $(shell sed -n 's/^min_python = //p' settings.ini)
 HASHED := pip install -q --disable-pip-version-check --require-hashes --no-build-isolation
+AUDIT  := pip-audit==2.10.1
 
-.PHONY: help demo test export notebooks readme docs lock check clean
+# advisories that `make audit` passes over; one line each, with the reason behind it: IGNORED += --ignore-vuln PYSEC-2026-1 # only in its server
+IGNORED :=
+
+.PHONY: help demo test export notebooks readme docs lock audit check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +42,11 @@ docs: $(READY) ## build the docs site in _docs (needs Quarto)
 
 lock: ## write requirements*.lock after a change of settings.ini (newer versions: UPGRADE=NAME or UPGRADE=all)
 	$(PYTHON) tools/lock.py $(UPGRADE)
+
+audit: ## look the locked packages up among the known vulnerabilities
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(PYTHON) -m venv "$$tmp" && \
+	"$$tmp/bin/python" -m pip install -q --disable-pip-version-check $(AUDIT) && \
+	"$$tmp/bin/pip-audit" --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock -r requirements-cuda.lock $(IGNORED)
 
 check: $(READY) ## what CI checks after the tests: notebooks clean and exported, README current, wheel installs
 	PATH="$$PWD/.venv/bin:$$PATH" bash tools/check.sh
