@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'WEIGHT_FILES', 'turns', 'first_human_turn', 'check_row', 'read_rows', 'data_file', 'read_pairs',
-           'resolve_folder', 'pairs_folder', 'split_validation', 'draw', 'load_tokenizer', 'encode', 'tokenize_pairs',
-           'prepare_splits', 'counts_line', 'fingerprint', 'epoch_order', 'cut_by_budget', 'MicroBatch', 'pad_ids',
-           'PairBatches']
+           'resolve_folder', 'pairs_folder', 'split_validation', 'draw', 'first_line', 'read_bytes', 'read_json',
+           'read_tokenizer', 'load_tokenizer', 'encode', 'tokenize_pairs', 'prepare_splits', 'counts_line',
+           'fingerprint', 'epoch_order', 'cut_by_budget', 'MicroBatch', 'pad_ids', 'PairBatches']
 
 # %% ../nbs/01_data.ipynb #64ca8eca
-import gzip, hashlib, json, re, zlib
+import gzip, hashlib, json, re, reprlib, tempfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 from .config import ConfigError
 
@@ -172,18 +172,70 @@ def draw(pairs:Dataset,
     if not n or n >= len(pairs): return pairs
     return pairs.select(np.sort(np.random.default_rng(seed).permutation(len(pairs))[:n]))
 
+# %% ../nbs/01_data.ipynb #9607ac9b
+def first_line(e:BaseException) -> str: # printable, 200 characters at most
+    "What an exception says first."
+    return ''.join(c if c.isprintable() else '?' for c in (str(e).strip() or type(e).__name__).splitlines()[0][:200])
+
+def read_bytes(path:Path, most:int=2**24 # bytes
+              ) -> bytes:
+    "A plain file, whole. Raises `ConfigError` if it can't be read or is larger than `most`."
+    try:
+        if not path.is_file(): raise OSError('no such file')       # a pipe would wait for ever
+        with open(path, 'rb') as f: found = f.read(most + 1)
+    except OSError as e: raise ConfigError(f'{path}: cannot be read ({e.strerror or e}); the folder is incomplete') from None
+    if len(found) > most: raise ConfigError(f'{path}: larger than {most >> 20} MiB; such a file is smaller, this is something else')
+    return found
+
+def read_json(path:Path) -> dict:
+    "The object in a JSON file of at most 4 MiB. Raises `ConfigError` in one line."
+    try: found = json.loads(read_bytes(path, 2**22))
+    except ConfigError: raise
+    except (ValueError, RecursionError) as e: raise ConfigError(f'{path}: cannot be read as JSON ({first_line(e)}); the file is damaged') from None
+    if not isinstance(found, dict): raise ConfigError(f'{path}: must be a JSON object, this is {type(found).__name__}; the file is damaged')
+    return found
+
 # %% ../nbs/01_data.ipynb #73955401
+_TOKENIZERS = dict(T5Tokenizer=T5Tokenizer, T5TokenizerFast=T5Tokenizer, TokenizersBackend=PreTrainedTokenizerFast, PreTrainedTokenizerFast=PreTrainedTokenizerFast)
+_TOKENS = ('pad_token', 'eos_token', 'unk_token', 'additional_special_tokens', 'extra_special_tokens')
+
+def _clean_copy(folder, clean, where):
+    "Copy of a tokenizer's files what says how texts are cut, and return the class."
+    given, tokens = read_json(folder/'tokenizer_config.json'), folder/'special_tokens_map.json'
+    kind, extra = given.get('tokenizer_class', 'T5Tokenizer'), given.get('extra_ids', 0)
+    if 'auto_map' in given: raise ConfigError(f'{where}: tokenizer_config.json names code of its own (auto_map), which is never run; take a T5 tokenizer without')
+    if kind not in [*_TOKENIZERS]: raise ConfigError(f'{where}: tokenizer_class {reprlib.repr(kind)}: must be one of {", ".join(_TOKENIZERS)}')
+    if type(extra) is not int or not 0 <= extra <= 1000: raise ConfigError(f'{where}: extra_ids {reprlib.repr(extra)}: must be a number from 0 to 1000')
+    keep = lambda name, found, *keys: (clean/name).write_text(json.dumps({k: found[k] for k in (*_TOKENS, *keys) if k in found}))
+    keep('tokenizer_config.json', given, 'added_tokens_decoder', 'extra_ids', 'add_prefix_space')
+    if tokens.exists(): keep(tokens.name, read_json(tokens))
+    for name in ('tokenizer.json', 'spiece.model'):
+        if (folder/name).is_file(): (clean/name).write_bytes(read_bytes(folder/name))
+    return _TOKENIZERS[kind]
+
+# %% ../nbs/01_data.ipynb #935e57c2
+def read_tokenizer(folder:Path,
+                   where:str  # begins a message
+                  ): 
+    "The T5 tokenizer in a folder, which runs no code. Raises `ConfigError` if there is none or it adds no end token."
+    with tempfile.TemporaryDirectory() as clean:
+        cls = _clean_copy(folder, Path(clean), where)
+        try:
+            tokenizer = cls.from_pretrained(clean, local_files_only=True, trust_remote_code=False)
+            ids = tokenizer('a').input_ids; tokenizer.all_special_ids    # asked here, since they fail for a hostile vocabulary
+        except BaseException as e:     # subtle: tokenizers raises the bare Exception, and for a panic not even that
+            if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
+            raise ConfigError(f'{where}: its tokenizer does not load ({first_line(e)})') from None
+    tokenizer.name_or_path = str(folder)
+    if tokenizer.pad_token_id is None or ids[-1:] != [tokenizer.eos_token_id]:
+        raise ConfigError(f'{where}: no tokenizer of T5: it must have a pad token and put the end token behind each text')
+    return tokenizer
+
 def load_tokenizer(name:str # a local folder or a model id of the hub
                   ):
     "The tokenizer of a T5 checkpoint. Raises `ConfigError` if there is none or it adds no end token."
     transformers_logging.set_verbosity_error()   # lengths are checked here: its warning of texts beyond 512 tokens says nothing new
-    folder = resolve_folder(name, 'model.transformer_name', TOKENIZER_FILES, ['tokenizer_config.json'])
-    try: tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e: raise ConfigError(f'model.transformer_name={name}: its tokenizer does not load ({str(e).splitlines()[0]})') from None
-    ids = tokenizer('a').input_ids
-    if tokenizer.pad_token_id is None or ids[-1:] != [tokenizer.eos_token_id]:
-        raise ConfigError(f'model.transformer_name={name}: no tokenizer of T5: it must have a pad token and put the end token behind each text')
-    return tokenizer
+    return read_tokenizer(resolve_folder(name, 'model.transformer_name', TOKENIZER_FILES, ['tokenizer_config.json']), f'model.transformer_name={name}')
 
 # %% ../nbs/01_data.ipynb #01601977
 def encode(tokenizer,

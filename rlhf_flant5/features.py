@@ -7,7 +7,7 @@ __all__ = ['log', 'FORMAT', 'SEGMENT', 'stack_blocks', 'first_states', 'weights_
            'KeptStates', 'keep_states', 'kept_features', 'without_decoder', 'FeatureBatches']
 
 # %% ../nbs/31_features.ipynb #23e7006e
-import errno, hashlib, json, logging, math, os, re, shutil, time, zlib
+import errno, hashlib, json, logging, math, os, re, shutil, stat, time, zlib
 from array import array
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -123,8 +123,8 @@ def _write(self:KeptStates, i:int, rows, states):
 def _journalled(self:KeptStates) -> dict[int, int]: # segment -> checksum
     "What the journal promises; a new journal is begun if there is none of this entry."
     head, journal = json.dumps(self.parts, sort_keys=True) + '\n', self.path/'journal'
-    text = journal.read_text(errors='replace') if journal.exists() else ''
-    if text.startswith(head): return {int(i): int(crc) for i, crc in re.findall(r'^(\d+) (\d+)$', text, re.M)}
+    with open(journal, 'a+', errors='replace') as f: f.seek(0); text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
+    if text.startswith(head): return {int(i): int(crc) for i, crc in re.findall(r'^(\d{1,10}) (\d{1,10})$', text, re.M)}
     if text: log.warning(f'{journal}: damaged; all states of the entry are computed again')
     with open(journal, 'w') as f: f.write(head); f.flush(); os.fsync(f.fileno())
     return {}
@@ -136,12 +136,20 @@ def _holds(self:KeptStates, rows, checksum:int|None) -> bool:
     for r in rows if checksum is not None else (): crc = zlib.crc32(states[r], crc)
     return crc == checksum
 
+# %% ../nbs/31_features.ipynb #b0798999
+def _refuse_links(entry:Path):
+    "Raise `ConfigError` if an entry is no folder, or one of its files no file of its own."
+    for path in (entry, *(entry/name for name in ('lock', 'journal', 'states.bin'))):
+        if not os.path.lexists(path): continue
+        found = path.lstat(); fine = stat.S_ISDIR(found.st_mode) if path == entry else stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if not fine: raise ConfigError(f'{path}: a link or no plain {"folder" if path == entry else "file"}, and writing would change what it leads to; remove it, or set RLHF_FLANT5_CACHE to another folder')
+
 # %% ../nbs/31_features.ipynb #c74f1116
 @contextmanager
 def _alone(kept:KeptStates):
     "The entry's folder, for one process at a time. Raises `ConfigError` for what the disk refuses."
     try:
-        kept.path.mkdir(parents=True, exist_ok=True); lock = FileLock(kept.path/'lock')
+        _refuse_links(kept.path); kept.path.mkdir(parents=True, exist_ok=True); lock = FileLock(kept.path/'lock')
         try: lock.acquire(timeout=0)
         except Timeout: log.info(f'{kept.path}: another process computes these states; waiting for it'); lock.acquire()
         try: yield
