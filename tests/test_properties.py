@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**32 - 1)
 def talks(questions): return Dataset.from_list([dict(id=str(i), chosen=f'\n\nHuman: {q}\n\nAssistant: {i}', rejected=f'\n\nHuman: {q}\n\nAssistant: no') for i, q in enumerate(questions)])
 
 
-@examples(60)
+@examples(40)
 @given(st.lists(st.text('ab \n\0é', max_size=3), min_size=1, max_size=30), st.floats(.01, .99), seeds, st.randoms(use_true_random=False))
 def test_split(questions, fraction, seed, random):
     "Disjoint and complete, in the old order; a conversation goes to one side, the same whatever else is read and in whatever order."
@@ -201,7 +201,7 @@ reward = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e4, 1e4, width=32)
 rewards = st.lists(st.tuples(reward, reward, st.sampled_from(['a', 'b', 'harmless-base'])), min_size=1, max_size=40)
 
 
-@examples(300)
+@examples(150)
 @given(rewards)
 def test_scores_by_counting(rows):
     "Against counting with exact fractions; swapping the sides turns accuracy and margin around; pairs may stand in any order; subsets add up."
@@ -236,7 +236,7 @@ def test_scores_refuse_other_shapes(c, r):
         with pytest.raises(ValueError, match='one number for each pair'): f(np.array(c), np.array(r))
 
 
-@examples(100)
+@examples(60)
 @given(st.lists(st.tuples(reward, reward), min_size=1, max_size=60), st.integers(1, 20))
 def test_calibration_by_counting(rows, n_bins):
     "Against bins by hand, where no claim lies on the edge of a bin; from 0 to 1."
@@ -270,7 +270,7 @@ def test_intervals(val, kind, most, per_epoch, n_epochs):
 rates = st.floats(1e-8, 1)
 
 
-@examples(200)
+@examples(100)
 @given(rates, rates, st.integers(0, 50), st.integers(1, 20), st.integers(1, 30))
 def test_learning_rate(init, final, warmup, n_epochs, per_epoch):
     "From the first rate to the last, by the same factor each epoch, constant within one behind the warm-up, which rises evenly and never exceeds."
