@@ -11,6 +11,7 @@ __all__ = ['CONFIG_DIR', 'RULES', 'BOOK_STYLE', 'ConfigError', 'DataConfig', 'Lo
 # %% ../nbs/00_config.ipynb #a05020a2
 import difflib, re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Optional
 import matplotlib.pyplot as plt
@@ -26,6 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 # %% ../nbs/00_config.ipynb #e7117978
 class ConfigError(ValueError):
     "A setting, a file or a text that the user can mend: one line with what was seen, the rule and the remedy."
+    def __init__(self, said:str): # of a long one beginning and end are kept, and what can't be printed is escaped
+        if len(said) > 1000: said = f'{said[:600]} … {said[-390:]}'
+        super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in said))
 
 # %% ../nbs/00_config.ipynb #c3bcb5a8
 @dataclass
@@ -169,58 +173,77 @@ def _nearest(word, words):
 
 # %% ../nbs/00_config.ipynb #058f8832
 def _parse(override):
+    if len(override) > 4096: raise ConfigError(f'{override[:40]}…: a setting of {len(override):,} characters; 4,096 at most')
+    if '${' in override or '???' in override: raise ConfigError(f'{override}: a setting holds its value itself: no ${{…}}, which reads it from elsewhere, and no ???, which is none')
     try: return OverridesParser.create().parse_override(override)
-    except HydraException: raise ConfigError(f'cannot read {override!r}: settings are written key=value; quote a value that holds spaces, commas or brackets') from None
+    except (HydraException, RecursionError): raise ConfigError(f'cannot read {override!r}: settings are written key=value; quote a value that holds commas, brackets or foreign letters') from None
+
+@cache
+def _keys_with(groups:tuple): return ['experiment', *_keys(_compose(groups))]   # `model=…` decides which keys there are
 
 def _check_names(overrides):
-    "Refuse an unknown group choice or key by name. `model=…` decides which keys there are, so groups come first."
+    "Refuse an unknown group choice or key by name."
     parsed = [_parse(o) for o in overrides]
     for o in parsed:
         if o.is_sweep_override(): raise ConfigError(f'{o.input_line}: several values; add -m for a run with each, or quote a text that holds a comma')
-    groups = [o for o in parsed if o.key_or_group in ('model', 'experiment')]
+        if o.is_add() or o.is_force_add() or o.is_delete(): raise ConfigError(f'{o.input_line}: settings can be neither added nor deleted; write key=value')
+    groups = [o for o in parsed if o.get_key_element() in ('model', 'experiment')]
     for o in groups:
-        if o.is_delete() or o.value() is None: continue
-        if str(o.value()) not in choices(o.key_or_group):
-            raise ConfigError(f'{o.input_line}: no such {o.key_or_group}; take one of {", ".join(choices(o.key_or_group))}{_nearest(str(o.value()), choices(o.key_or_group))}')
-    keys = [*_keys(_compose([o.input_line for o in groups]))]
+        if (value := str(o.value())) not in choices(o.key_or_group):
+            raise ConfigError(f'{o.input_line}: no such {o.key_or_group}; take one of {", ".join(choices(o.key_or_group))}{_nearest(value, choices(o.key_or_group))}')
+    keys = _keys_with(tuple({o.key_or_group: f'{o.key_or_group}={o.value()}' for o in groups}.values()))   # of two choices the last counts
     for o in parsed:
-        if o in groups: continue
-        if o.is_add() or o.is_delete(): raise ConfigError(f'{o.input_line}: settings can be neither added nor deleted; write key=value')
-        if o.key_or_group not in keys:
-            raise ConfigError(f'unknown setting {o.key_or_group!r}{_nearest(o.key_or_group, keys) or "; the settings stand in rlhf_flant5/config/reward_model_config.yaml"}')
+        if (key := o.get_key_element()) not in keys:
+            raise ConfigError(f'unknown setting {key!r}{_nearest(key, keys) or "; the settings stand in rlhf_flant5/config/reward_model_config.yaml"}')
 
 # %% ../nbs/00_config.ipynb #6e0d1df6
 def _one_of(*words): return (lambda v: v in words), 'one of ' + ', '.join(map(str, words))
-def _at_least(n, inclusive=True): return (lambda v: v is None or (v >= n if inclusive else v > n)), f'{"at least" if inclusive else "more than"} {n}'
+def _at_least(n): return (lambda v: v is None or v >= n), f'at least {n}'
+def _width(v): return 0 < v <= 65536
+def _folder(v): return re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', v)   # subtle: no `..`, no slash, so that it stays below data.name
+_name = (lambda v: bool(v) and '\0' not in v), 'a name, not empty'
 _interval = r'training\.loop\.intervals\.\w+\.'
 RULES = {   # pattern of the key -> (test, the words after "must be")
     r'index|seed|data\.seed|data\.order_seed': _at_least(0),
+    r'data\.name|model\.transformer_name|model\._target_': _name,
     r'data\.val_fraction':  ((lambda v: 0 < v < 1), 'between 0 and 1, both excluded'),
-    r'data\.subdirs':       ((lambda v: len(v) > 0 and len(set(v)) == len(v)), 'a list of different subsets, one at least'),
+    r'data\.subdirs':       ((lambda v: len(v) > 0 and len(set(v)) == len(v) and all(map(_folder, v))), 'a list of different subsets, one at least, each a folder\'s name: letters, digits or ._+=@-'),
     r'data\.max_tokens':    _at_least(2),
     r'data\.too_long':      _one_of('drop', 'truncate_left', 'error'),
     r'data\.n_(train|test)_data': _at_least(0),
     r'model\.dropout':      ((lambda v: v is None or 0 <= v < 1), 'null or at least 0 and below 1'),
-    r'model\.\w*output_dim|model\.n_blocks_to_use|model\.lora\.alpha': _at_least(1),
-    r'model\.lora\.r':      _at_least(0),
+    r'model\.n_blocks_to_use|model\.lora\.alpha': _at_least(1),
+    r'model\.\w*output_dim': (_width, 'from 1 to 65,536'),
+    r'model\.readout_additional_layers': ((lambda v: all(map(_width, v))), 'a list of widths from 1 to 65,536'),
+    r'model\.lora\.r':      ((lambda v: v == 0 or _width(v)), 'from 0 to 65,536'),
+    r'model\.lora\.target_modules': ((lambda v: len(v) > 0 and all(v)), 'a list of names, one at least'),
     r'model\.kept_dtype':  _one_of('float16', 'float32'),
-    r'model\.readout_additional_layers': ((lambda v: all(n > 0 for n in v)), 'a list of widths above 0'),
-    r'model\.attention':   _one_of('auto', 'by_text', 'padded', 'fused', 'flex'),
+    r'model\.attention':   _one_of('auto', 'by_text', 'padded', 'fused', 'flex')}
+
+# %% ../nbs/00_config.ipynb #4aaa4e50
+RULES |= {
     r'training\.compile':  _one_of('auto', True, False),
     r'training\.token_budget': ((lambda v: v == 'auto' or (type(v) is int and v > 0)), 'auto or a whole number above 0'),
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),
     r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': ((lambda v: v is None or 0 < v < float('inf')), 'above 0 and finite'),
-    r'training\.optimizer\.(weight_decay|n_warmup_batches)': _at_least(0),
+    r'training\.optimizer\.weight_decay': ((lambda v: 0 <= v < float('inf')), 'at least 0 and finite'),
+    r'training\.optimizer\.n_warmup_batches': _at_least(0),
     r'training\.loop\.(train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals)': _at_least(1),
     r'training\.loop\.n_batches': _at_least(0),
     _interval + 'interval_val': _at_least(1),
     _interval + 'interval_type': _one_of('per-epoch', 'epochs', 'batches', 'never'),
     _interval + 'max_n_intervals': _at_least(-1)}
 
+# %% ../nbs/00_config.ipynb #93ba087d
+def _check_kind(key, value):
+    listed = OmegaConf.is_list(value)
+    if listed and any(map(OmegaConf.is_config, value)): raise ConfigError(f'{key}={value}: must be a list of plain values')
+    if any(type(v) is int and abs(v) >= 2**32 for v in (value if listed else [value])): raise ConfigError(f'{key}={value}: whole numbers must be below {2**32:,}')
+
 # %% ../nbs/00_config.ipynb #8feb3204
 def _check_values(cfg):
     for key in _keys(cfg):
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key); _check_kind(key, value)
         for pattern, (ok, words) in RULES.items():
             if re.fullmatch(pattern, key) and not ok(value): raise ConfigError(f'{key}={value}: must be {words}')
     if cfg.training.precision == 'fp16':
@@ -236,7 +259,7 @@ def load_config(overrides:list[str]=() # settings as on the command line, `key=v
     overrides = list(overrides)
     _check_names(overrides)
     try: cfg = _compose(overrides)
-    except (HydraException, OmegaConfBaseException) as e:
+    except (HydraException, OmegaConfBaseException, OverflowError, RecursionError) as e:
         said = str(e.__cause__ or e).strip().splitlines()
         key = next((l.split(':', 1)[1].strip() for l in said if l.strip().startswith('full_key')), '')
         raise ConfigError(f'{key}: {said[0]}' if key else said[0]) from None

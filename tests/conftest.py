@@ -2,6 +2,7 @@
 import gzip, json, os, subprocess, sys
 from pathlib import Path
 import pytest
+from hypothesis import HealthCheck, settings
 
 root = Path(__file__).parent.parent
 shared = root.parent/'shared'   # real pairs and the real tokenizer, on some machines
@@ -50,3 +51,9 @@ def results(tmp_path, monkeypatch):
 
 
 short = ['training.loop.n_batches=2', 'training.loop.train_batch_size=8', 'device_name=cpu', 'sim_man.allow_untracked=true']
+
+
+def examples(n):
+    "Settings of a property test: `n` examples, the same ones each time; $FUZZ_EXAMPLES times as many, and others each time, if that is set."
+    times = os.environ.get('FUZZ_EXAMPLES')
+    return settings(max_examples=max(1, int(n*float(times or 1))), derandomize=times is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
