@@ -6,14 +6,15 @@
 __all__ = ['FLAN_T5_SIZES', 'ATTENTION', 'flan_t5_config', 'build_flan_t5', 't5_config', 'weight_files', 'load_weights',
            'load_flan_t5', 'unit_rms', 'Texts', 'attend_by_text', 'attend_padded', 'attend_fused', 'attend_flex',
            'cheap_dropout', 'Dropout', 'choose_attention', 'attend_once', 'BlockNorm', 'fuse', 'States', 'project',
-           'position_bias', 'Backbone', 'check_batch', 'freeze_idle', 'add_lora']
+           'position_bias', 'EncoderBlock', 'DecoderBlock', 'own_blocks', 'Backbone', 'check_batch', 'freeze_idle',
+           'add_lora']
 
-# %% ../nbs/10_backbone.ipynb #0638d390
+# %% ../nbs/10_backbone.ipynb #acae47c2
 import re, reprlib
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -24,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 from transformers.activations import NewGELUActivation
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm
 from .config import ConfigError
 from .data import WEIGHT_FILES, first_line, read_json, resolve_folder
 
@@ -284,6 +285,30 @@ def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
     by_distance = attention.relative_attention_bias(bucket).T                        # (H, 2L - 1)
     return by_distance.unfold(1, length, 1).flip(1)                                  # row i begins at distance -i
 
+# %% ../nbs/10_backbone.ipynb #b3433149
+class EncoderBlock(T5Block):
+    "A block that also passes over packed texts; over the first positions alone where no other is read."
+    def states_after(self, x, bias, texts, attend, project, first_only): # tokens (T, D), bias (H, L, L) -> tokens (T, D) or first positions (N, D)
+        layer, a = self.layer[0], self.layer[0].SelfAttention
+        if first_only: normed = layer.layer_norm(x); x, new = x[texts.starts], attend_once(a, normed[texts.starts], texts.spread(normed), texts.mask, bias[:, :1])
+        else: new = a.o(attend(*project(layer, x), bias, texts, a.dropout * a.training).flatten(1))
+        return self.layer[1](x + layer.dropout(new))
+
+class DecoderBlock(T5Block):
+    "A block that also passes over one position: its self-attention is its value, and its cross-attention asks one question."
+    def states_after(self, x, states, mask): # (N, D), encoder's last states, padded, (N, L, D) -> (N, D)
+        own, cross, feed_forward = self.layer
+        a = own.SelfAttention; v = a.v(own.layer_norm(x)).unflatten(1, (a.n_heads, -1))
+        v = v * cheap_dropout(torch.ones_like(v[..., :1]), a.dropout * a.training)   # the one weight of each head
+        x = x + own.dropout(a.o(v.flatten(1)))
+        return feed_forward(x + cross.dropout(attend_once(cross.EncDecAttention, cross.layer_norm(x), states, mask)))
+
+def own_blocks(transformer):
+    "Teach a T5's blocks the method."
+    for block in transformer.encoder.block: block.__class__ = EncoderBlock
+    for block in transformer.decoder.block if isinstance(transformer, T5Model) else (): block.__class__ = DecoderBlock
+    return transformer
+
 # %% ../nbs/10_backbone.ipynb #4bcfff3c
 class Backbone(nn.Module):
     "A T5 as a source of states."
@@ -294,7 +319,7 @@ class Backbone(nn.Module):
                  lora:dict|None=None,                # adapters: r (0: none), alpha, target_modules
                  attention:str='auto'):              # by_text, padded, fused or flex
         super().__init__()
-        self.transformer, self.trained, self.lora = fuse(transformer), train_transformer, dict(lora or dict(r=0))
+        self.transformer, self.trained, self.lora = own_blocks(fuse(transformer)), train_transformer, dict(lora or dict(r=0))
         self.gradient_checkpointing, self.attention, self.project = gradient_checkpointing, attention, project
         self.has_decoder = isinstance(transformer, T5Model)
         if not train_transformer: transformer.requires_grad_(False)
@@ -313,30 +338,17 @@ class Backbone(nn.Module):
 @patch
 def _encode(self:Backbone, ids, texts, n_blocks): # -> (tokens of the last blocks, first positions of all)
     stack, firsts, kept = self.transformer.encoder, [], []
-    x, longest = stack.dropout(stack.embed_tokens(ids)), texts.mask.shape[1]
-    bias = position_bias(stack.block[0].layer[0].SelfAttention, longest)
-    last, starts = len(stack.block) - 1, texts.starts
+    x = stack.dropout(stack.embed_tokens(ids))
+    last, starts, attend = len(stack.block) - 1, texts.starts, choose_attention(self.attention, texts)
+    call = partial(checkpoint, use_reentrant=False) if self.gradient_checkpointing and torch.is_grad_enabled() else lambda f, *args: f(*args)
+    bias = position_bias(stack.block[0].layer[0].SelfAttention, texts.mask.shape[1])
     for i, block in enumerate(stack.block):
-        if i == last and not n_blocks: x = self._first_position(block, x, bias, texts)
-        elif self.gradient_checkpointing and torch.is_grad_enabled(): x = checkpoint(self._block, block, x, bias, texts, use_reentrant=False)
-        else: x = self._block(block, x, bias, texts)
+        first_only = i == last and not n_blocks
+        x = call(block.states_after, x, bias, texts, attend, self.project, first_only)
         if i == last: x = stack.dropout(stack.final_layer_norm(x))
-        firsts.append(x if i == last and not n_blocks else x[starts])
+        firsts.append(x if first_only else x[starts])
         if i > last - n_blocks: kept.append(x)
     return kept, firsts
-
-@patch
-def _block(self:Backbone, block, x, bias, texts): # (T, D) -> (T, D)
-    layer, a = block.layer[0], block.layer[0].SelfAttention
-    q, k, v = self.project(layer, x)
-    x = x + layer.dropout(a.o(choose_attention(self.attention, texts)(q, k, v, bias, texts, a.dropout * a.training).flatten(1)))
-    return block.layer[1](x)
-
-@patch
-def _first_position(self:Backbone, block, x, bias, texts): # (T, D) -> (N, D)
-    layer = block.layer[0]; normed = layer.layer_norm(x)
-    first = attend_once(layer.SelfAttention, normed[texts.starts], texts.spread(normed), texts.mask, bias[:, :1])
-    return block.layer[1](x[texts.starts] + layer.dropout(first))
 
 # %% ../nbs/10_backbone.ipynb #4989a1a9
 @patch
@@ -344,13 +356,7 @@ def _decode(self:Backbone, states, mask): # encoder's last states, padded, (N, L
     stack, config, out = self.transformer.decoder, self.transformer.config, []
     start = torch.full((len(mask),), config.decoder_start_token_id, device=mask.device)
     x = stack.dropout(stack.embed_tokens(start))
-    for block in stack.block:
-        own, cross, feed_forward = block.layer
-        a = own.SelfAttention; v = a.v(own.layer_norm(x)).unflatten(1, (a.n_heads, -1))
-        v = v * cheap_dropout(torch.ones_like(v[..., :1]), a.dropout * a.training)   # the one weight of each head
-        x = x + own.dropout(a.o(v.flatten(1)))
-        x = x + cross.dropout(attend_once(cross.EncDecAttention, cross.layer_norm(x), states, mask))
-        x = feed_forward(x); out.append(x)
+    for block in stack.block: x = block.states_after(x, states, mask); out.append(x)
     out[-1] = stack.dropout(stack.final_layer_norm(x))
     return out
 

@@ -11,6 +11,7 @@ __all__ = ['log', 'PARTS', 'PlainBackbone', 'plain_step', 'two_ways', 'random_pa
 
 # %% ../nbs/41_speed.ipynb #2cff8d1c
 import argparse, copy, json, logging, multiprocessing, os, platform, resource, statistics, sys, tempfile, time
+from dataclasses import replace
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -188,7 +189,7 @@ def compare_attention(config, o) -> list[dict]:
 def bare_step(readout, config, o) -> dict: # what the readout adds
     "Seconds of a training micro-batch with a readout, and of the bare encoder."
     model = two_ways(readout, config)[1].to(o.device).train(); b = PairBatches(random_pairs(64, config.vocab_size), 0, 64, 4096, 1)
-    m = next(b.steps(0))[2].to(o.device)
+    m = next(b.steps(0)).micro_batches[2].to(o.device)
     encoder = Backbone(T5EncoderModel(config)).to(o.device)
     full = lambda: pair_loss(model(**m.inputs)).sum().backward()
     bare = lambda: encoder(**m.inputs, n_blocks=1).tokens[0].sum().backward()
@@ -281,8 +282,8 @@ def together(config, pairs, o) -> list[dict]:
     def trained(names, backbone):
         models = [readout_class(n)(backbone) for n in names]; opts = [adam(m, fused=True) for m in models]; share = SharedPass(backbone, models)
         def step(i):
-            micro = [share(m) for m in next(ahead(b.steps(0, i), o.device))]
-            for m, opt in zip(models, opts): train_step(m, opt, pair_loss, micro, b.ids, a)
+            s = next(ahead(b.steps(0, i), o.device)); s = replace(s, micro_batches=[share(m) for m in s.micro_batches])
+            for m, opt in zip(models, opts): train_step(m, opt, pair_loss, s, b.ids, a)
         return step
     one = trained(['layerwise_attention'], encoder)
     cases = {'layerwise attention, 3 seeds': trained(['layerwise_attention']*3, encoder), 'both readouts of all tokens': trained(['layerwise_attention', 'full_attention_pooling'], encoder),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONFIG_DIR', 'RULES', 'BOOK_STYLE', 'ConfigError', 'DataConfig', 'LoraConfig', 'ModelConfig', 'PooledModelConfig',
            'FullPooledModelConfig', 'OptimizerConfig', 'IntervalConfig', 'IntervalsConfig', 'LoopConfig',
-           'TrainingConfig', 'SimManConfig', 'Config', 'choices', 'load_config', 'best_device', 'choose_precision',
-           'figure', 'set_seed']
+           'TrainingConfig', 'DistributedConfig', 'SimManConfig', 'Config', 'choices', 'parse_override', 'load_config',
+           'best_device', 'choose_precision', 'figure', 'set_seed']
 
-# %% ../nbs/00_config.ipynb #a05020a2
+# %% ../nbs/00_config.ipynb #f10d884c
 import difflib, re
 from dataclasses import dataclass
 from functools import cache
@@ -116,6 +116,7 @@ class LoopConfig:
     n_epochs: int
     n_batches: int                     # end after so many batches; 0: n_epochs decides
     max_non_optim_vals: int            # stop after so many validations without a lower loss
+    n_checkpoints: int                 # keep the last so many
     intervals: IntervalsConfig
 
 # %% ../nbs/00_config.ipynb #0054f3f7
@@ -128,6 +129,13 @@ class TrainingConfig:
     loop: LoopConfig
 
 @dataclass
+class DistributedConfig:
+    "Several processes, each with a device."
+    n_processes: Optional[int]         # so many on this machine; null: one for each GPU if use_multi_gpu_if_available, else one
+    strategy: str                      # ddp: each holds the whole model; fsdp: each holds its part of it
+    timeout: int                       # minutes that a process waits for the others before it gives up
+
+@dataclass
 class SimManConfig:
     allow_untracked: bool              # run although the repository has untracked files
 
@@ -138,6 +146,8 @@ class Config:
     seed: int                          # weights, dropout, and the order of the pairs unless data.order_seed names another
     device_name: Optional[str]         # cpu, cuda, cuda:1, mps; null: the best there is
     use_multi_gpu_if_available: bool
+    resume: bool                       # go on with the run of this desc and index, if there is one
+    distributed: DistributedConfig
     sim_man: SimManConfig
     data: DataConfig
     model: ModelConfig
@@ -171,8 +181,9 @@ def _nearest(word, words):
     near = difflib.get_close_matches(word, words, 1, cutoff=0.5)
     return f'; did you mean {near[0]!r}?' if near else ''
 
-# %% ../nbs/00_config.ipynb #058f8832
-def _parse(override):
+# %% ../nbs/00_config.ipynb #fa2b9765
+def parse_override(override:str): # Hydra's `Override`
+    "One setting as it stands on the command line. Raises `ConfigError`."
     if len(override) > 4096: raise ConfigError(f'{override[:40]}…: a setting of {len(override):,} characters; 4,096 at most')
     if '${' in override or '???' in override: raise ConfigError(f'{override}: a setting holds its value itself: no ${{…}}, which reads it from elsewhere, and no ???, which is none')
     try: return OverridesParser.create().parse_override(override)
@@ -183,7 +194,7 @@ def _keys_with(groups:tuple): return ['experiment', *_keys(_compose(groups))]   
 
 def _check_names(overrides):
     "Refuse an unknown group choice or key by name."
-    parsed = [_parse(o) for o in overrides]
+    parsed = [parse_override(o) for o in overrides]
     for o in parsed:
         if o.is_sweep_override(): raise ConfigError(f'{o.input_line}: several values; add -m for a run with each, or quote a text that holds a comma')
         if o.is_add() or o.is_force_add() or o.is_delete(): raise ConfigError(f'{o.input_line}: settings can be neither added nor deleted; write key=value')
@@ -220,7 +231,7 @@ RULES = {   # pattern of the key -> (test, the words after "must be")
     r'model\.kept_dtype':  _one_of('float16', 'float32'),
     r'model\.attention':   _one_of('auto', 'by_text', 'padded', 'fused', 'flex')}
 
-# %% ../nbs/00_config.ipynb #4aaa4e50
+# %% ../nbs/00_config.ipynb #cb21b56b
 RULES |= {
     r'training\.compile':  _one_of('auto', True, False),
     r'training\.token_budget': ((lambda v: v == 'auto' or (type(v) is int and v > 0)), 'auto or a whole number above 0'),
@@ -228,13 +239,14 @@ RULES |= {
     r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': ((lambda v: v is None or 0 < v < float('inf')), 'above 0 and finite'),
     r'training\.optimizer\.weight_decay': ((lambda v: 0 <= v < float('inf')), 'at least 0 and finite'),
     r'training\.optimizer\.n_warmup_batches': _at_least(0),
-    r'training\.loop\.(train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals)': _at_least(1),
+    r'training\.loop\.(train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals|n_checkpoints)|distributed\.(n_processes|timeout)': _at_least(1),
+    r'distributed\.strategy': _one_of('ddp', 'fsdp'),
     r'training\.loop\.n_batches': _at_least(0),
     _interval + 'interval_val': _at_least(1),
     _interval + 'interval_type': _one_of('per-epoch', 'epochs', 'batches', 'never'),
     _interval + 'max_n_intervals': _at_least(-1)}
 
-# %% ../nbs/00_config.ipynb #93ba087d
+# %% ../nbs/00_config.ipynb #89f62cf2
 def _check_kind(key, value):
     listed = OmegaConf.is_list(value)
     if listed and any(map(OmegaConf.is_config, value)): raise ConfigError(f'{key}={value}: must be a list of plain values')
@@ -249,6 +261,8 @@ def _check_values(cfg):
     if cfg.training.precision == 'fp16':
         raise ConfigError('training.precision=fp16: T5 overflows in fp16 (it was trained in bfloat16); take auto, bf16 or fp32')
     if cfg.training.precision not in ('auto', 'fp32', 'bf16'): raise ConfigError(f'training.precision={cfg.training.precision}: must be one of auto, fp32, bf16')
+    if cfg.distributed.strategy == 'fsdp' and not cfg.model.train_transformer:
+        raise ConfigError('distributed.strategy=fsdp with model.train_transformer=False: a frozen transformer has no gradients or moments to share out; take ddp')
     if cfg.model.lora.r and not cfg.model.train_transformer:
         raise ConfigError(f'model.lora.r={cfg.model.lora.r} with model.train_transformer=False: adapters train the transformer; set it True, or lora.r=0')
 

@@ -6,12 +6,14 @@
 __all__ = ['MAX_LINE', 'MAX_BLANK', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'turns', 'first_human_turn', 'check_row', 'read_rows',
            'data_file', 'read_pairs', 'resolve_folder', 'pairs_folder', 'split_validation', 'draw', 'first_line',
            'read_bytes', 'read_json', 'read_tokenizer', 'load_tokenizer', 'encode', 'tokenize_pairs', 'prepare_splits',
-           'counts_line', 'fingerprint', 'epoch_order', 'cut_by_budget', 'MicroBatch', 'pad_ids', 'PairBatches']
+           'counts_line', 'fingerprint', 'epoch_order', 'cut_by_budget', 'MicroBatch', 'pad_ids', 'deal', 'PairBatches',
+           'Step']
 
 # %% ../nbs/01_data.ipynb #64ca8eca
 import gzip, hashlib, json, os, re, reprlib, tempfile, zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import heapreplace
 from pathlib import Path
 import numpy as np
 import torch
@@ -344,7 +346,7 @@ class MicroBatch:
     n_positions: int                # positions of the rectangle, padding included
 
     def __len__(self): return len(self.rows)
-    def to(self, device): return MicroBatch({k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}, self.rows, self.n_tokens, self.n_positions)
+    def to(self, device): return replace(self, inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()})
 
 # %% ../nbs/01_data.ipynb #62e28716
 def pad_ids(ids:list[list[int]], pad_id:int) -> dict[str, torch.Tensor]: # input_ids and attention_mask, (N, L)
@@ -353,19 +355,32 @@ def pad_ids(ids:list[list[int]], pad_id:int) -> dict[str, torch.Tensor]: # input
     pad = lambda xs, v: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=v)
     return dict(input_ids=pad(tensors, pad_id), attention_mask=pad([torch.ones_like(t) for t in tensors], 0))
 
+# %% ../nbs/01_data.ipynb #a76a9da7
+def deal(sizes:np.ndarray, # of each item, for instance its tokens
+         n:int             # processes
+        ) -> list[np.ndarray]: # positions of the items of each process
+    "Deal items out evenly: the largest first, each to the process with the least so far (Graham 1969, doi:10.1137/0117039)."
+    hands, loads = [[] for _ in range(n)], [(0, k) for k in range(n)]
+    for i in np.argsort(-np.asarray(sizes), kind='stable'):
+        load, k = loads[0]; hands[k].append(i); heapreplace(loads, (load + sizes[i], k))
+    return [np.sort(np.array(h, dtype=int)) for h in hands]
+
 # %% ../nbs/01_data.ipynb #57c03c2d
 class PairBatches:
     "Batches of tokenized pairs: `steps(epoch)` for training, `once()` for evaluation."
+    process, n_processes = 0, 1         # whose part it gives, of so many
+
     def __init__(self,
                  pairs:Dataset,          # with chosen_ids and rejected_ids
                  pad_id:int,
-                 batch_size:int,         # pairs in a step
+                 batch_size:int,         # pairs in a step, over all processes
                  token_budget:int,       # padded tokens in a micro-batch
                  seed:int=0):            # of the epochs' permutations
         self.chosen, self.rejected = pairs['chosen_ids'][:], pairs['rejected_ids'][:]
         self.ids, self.subsets = pairs['id'][:], pairs['subset'][:]
         self.pad_id, self.batch_size, self.token_budget, self.seed = pad_id, batch_size, token_budget, seed
-        self.lengths = np.array([max(len(c), len(r)) for c, r in zip(self.chosen, self.rejected)])
+        lengths = np.array([(len(c), len(r)) for c, r in zip(self.chosen, self.rejected)])
+        self.lengths, self.tokens = lengths.max(1), lengths.sum(1)                    # of the longer text, of both
 
     def __len__(self): return len(self.ids)
     @property
@@ -376,18 +391,39 @@ class PairBatches:
         inputs = pad_ids(ids, self.pad_id)
         return MicroBatch(inputs, rows, sum(map(len, ids)), inputs['input_ids'].numel())
 
-# %% ../nbs/01_data.ipynb #6ff7ba55
+# %% ../nbs/01_data.ipynb #69a7570a
+@dataclass
+class Step:
+    "What the optimizer sees at once."
+    rows: np.ndarray                  # its pairs, over all processes, as drawn
+    micro_batches: list[MicroBatch]   # of this process, as many as any other has
+    n_tokens: int                     # real tokens, over all processes
+
+    def to(self, device): return replace(self, micro_batches=[m.to(device) for m in self.micro_batches])
+    def places(self, m:MicroBatch) -> np.ndarray: # where the pairs of `m` stand in `rows`
+        order = np.argsort(self.rows)
+        return order[np.searchsorted(self.rows, m.rows, sorter=order)]
+
 @patch
 def _cut(self:PairBatches, rows): return [rows[c] for c in cut_by_budget(self.lengths[rows], self.token_budget, self.batch_size)]
 
 @patch
+def _own(self:PairBatches, hands): # micro-batches of each process, as rows
+    yield from (self.micro_batch(rows) for rows in hands[self.process])
+    for _ in range(max(map(len, hands)) - len(hands[self.process])):
+        yield replace(self.micro_batch([int(self.lengths.argmin())]), rows=np.arange(0), n_tokens=0)
+
+# %% ../nbs/01_data.ipynb #2e462f1e
+@patch
 def steps(self:PairBatches, epoch:int, start:int=0):
-    "The epoch's steps from step `start` on, each a list of micro-batches."
+    "The epoch's steps from step `start` on."
     order = epoch_order(len(self), self.seed, epoch)
     for s in range(start, self.n_steps):
-        yield [self.micro_batch(r) for r in self._cut(order[s*self.batch_size:(s + 1)*self.batch_size])]
+        rows = order[s*self.batch_size:(s + 1)*self.batch_size]
+        yield Step(rows, [*self._own([self._cut(rows[h]) for h in deal(self.tokens[rows], self.n_processes)])], int(self.tokens[rows].sum()))
 
 @patch
 def once(self:PairBatches):
     "Every pair once, in micro-batches over the whole set sorted by length."
-    for rows in self._cut(np.arange(len(self))): yield self.micro_batch(rows)
+    cuts = self._cut(np.arange(len(self)))
+    yield from self._own([[cuts[i] for i in h] for h in deal(np.array([self.tokens[c].sum() for c in cuts]), self.n_processes)])

@@ -6,10 +6,10 @@
 __all__ = ['log', 'FORMAT', 'SEGMENT', 'stack_blocks', 'first_states', 'weights_digest', 'tokens_digest', 'cache_folder',
            'KeptStates', 'keep_states', 'kept_features', 'without_decoder', 'FeatureBatches']
 
-# %% ../nbs/31_features.ipynb #23e7006e
+# %% ../nbs/31_features.ipynb #d5c65059
 import errno, hashlib, json, logging, math, os, re, shutil, stat, time, zlib
 from array import array
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from transformers import T5EncoderModel
 from .backbone import Backbone
 from .config import ConfigError
-from .data import MicroBatch, PairBatches, cut_by_budget
+from .data import MicroBatch, PairBatches, cut_by_budget, deal
 from .models.base import RewardModel
+from .processes import is_first, n_processes, on_first, rank, wait_for_all
 log = logging.getLogger('rlhf_flant5.features')
 
-# %% ../nbs/31_features.ipynb #dca00bfb
+# %% ../nbs/31_features.ipynb #edb70c79
 def stack_blocks(backbone:Backbone) -> dict[str, int]: # {encoder, decoder}: how many; 0 without a decoder
     "The blocks whose states can be kept."
     config = backbone.transformer.config
@@ -45,7 +46,7 @@ def first_states(backbone:Backbone,
         out[cut] = torch.stack(f.chunk(2), 1)
     return out
 
-# %% ../nbs/31_features.ipynb #7d5c5698
+# %% ../nbs/31_features.ipynb #b5ecc4fc
 _idle_settings = {'_name_or_path', 'architectures', 'transformers_version', 'dtype', 'dropout_rate', 'classifier_dropout', 'use_cache'}
 
 def weights_digest(backbone:Backbone) -> str:
@@ -58,7 +59,7 @@ def weights_digest(backbone:Backbone) -> str:
         h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/31_features.ipynb #ca7bced1
+# %% ../nbs/31_features.ipynb #dcab975e
 def tokens_digest(batches:PairBatches) -> str:
     "SHA-256 over the token ids of all pairs, in order."
     h = hashlib.sha256()
@@ -66,13 +67,13 @@ def tokens_digest(batches:PairBatches) -> str:
         for ids in pair: h.update(array('i', [len(ids), *ids]))
     return h.hexdigest()
 
-# %% ../nbs/31_features.ipynb #5b9cdc05
+# %% ../nbs/31_features.ipynb #b1c07fd6
 def cache_folder() -> Path: # $RLHF_FLANT5_CACHE, else $XDG_CACHE_HOME/rlhf_flant5, else ~/.cache/rlhf_flant5
     "Where entries are kept, under `states/`."
     own, xdg = os.environ.get('RLHF_FLANT5_CACHE'), os.environ.get('XDG_CACHE_HOME')
     return Path(own).expanduser() if own else Path(xdg or '~/.cache').expanduser()/'rlhf_flant5'
 
-# %% ../nbs/31_features.ipynb #bfea6fa6
+# %% ../nbs/31_features.ipynb #599123ee
 FORMAT, SEGMENT = 1, 128   # raise the first when other states are stored; pairs between two lines of the journal
 
 class KeptStates:
@@ -94,7 +95,7 @@ class KeptStates:
     @property
     def decoder(self): return self.states[:, :, self.parts['encoder']:] if self.parts['decoder'] else None   # (pairs, 2, K, D)
 
-# %% ../nbs/31_features.ipynb #534db6c0
+# %% ../nbs/31_features.ipynb #61703f64
 _reserve = getattr(os, 'posix_fallocate', lambda fd, start, size: os.ftruncate(fd, size))   # macOS has none
 
 @patch
@@ -109,7 +110,7 @@ def _allocate(self:KeptStates):
         except OSError: f.truncate(size); raise
         f.truncate(self.nbytes)
 
-# %% ../nbs/31_features.ipynb #249c2328
+# %% ../nbs/31_features.ipynb #a528d7fc
 @patch
 def _write(self:KeptStates, i:int, rows, states):
     "Write segment `i`, then its line."
@@ -144,7 +145,10 @@ def _refuse_links(entry:Path):
         found = path.lstat(); fine = stat.S_ISDIR(found.st_mode) if path == entry else stat.S_ISREG(found.st_mode) and found.st_nlink == 1
         if not fine: raise ConfigError(f'{path}: a link or no plain {"folder" if path == entry else "file"}, and writing would change what it leads to; remove it, or set RLHF_FLANT5_CACHE to another folder')
 
-# %% ../nbs/31_features.ipynb #c74f1116
+# %% ../nbs/31_features.ipynb #0d37ef19
+def _refused(kept, error:OSError): 
+    return ConfigError(f'{kept.path}: {kept.nbytes/2**20:,.1f} MiB of states cannot be kept here ({error.strerror or error}); make room, or set RLHF_FLANT5_CACHE to another folder; what is done stays')
+
 @contextmanager
 def _alone(kept:KeptStates):
     "The entry's folder, for one process at a time. Raises `ConfigError` for what the disk refuses."
@@ -154,17 +158,18 @@ def _alone(kept:KeptStates):
         except Timeout: log.info(f'{kept.path}: another process computes these states; waiting for it'); lock.acquire()
         try: yield
         finally: lock.release()
-    except OSError as e:
-        raise ConfigError(f'{kept.path}: {kept.nbytes/2**20:,.1f} MiB of states cannot be kept here ({e.strerror or e}); make room, or set RLHF_FLANT5_CACHE to another folder; what is done stays') from None
+    except OSError as e: raise _refused(kept, e) from None
 
-# %% ../nbs/31_features.ipynb #9b522600
-def _fill(kept:KeptStates, segments, todo, batches, compute):
+# %% ../nbs/31_features.ipynb #f146bb2d
+def _fill(kept:KeptStates, segments, todo, tokens, compute):
     "Compute and write the segments of `todo`."
-    tokens = [int(batches.lengths[rows].sum()) for rows in segments]
     start, left = time.monotonic(), sum(tokens[i] for i in todo[1:])/tokens[todo[0]]   # in units of the first
-    with tqdm(total=len(batches), initial=len(batches) - sum(len(segments[i]) for i in todo), desc='states', unit='pair', disable=None) as bar:
+    with tqdm(total=sum(len(segments[i]) for i in todo), desc='states', unit='pair', disable=None if is_first() else True) as bar:
         for i in todo:
-            kept._write(i, segments[i], compute(segments[i])); bar.update(len(segments[i]))
+            states = compute(segments[i])
+            try: kept._write(i, segments[i], states)
+            except OSError as e: raise _refused(kept, e) from None
+            bar.update(len(segments[i]))
             if i == todo[0] and (left := left*(time.monotonic() - start)) > 10: log.info(f'about {left/60:,.1f} minutes are left')
 
 def _say(kept:KeptStates, n:int, n_todo:int, n_damaged:int):
@@ -175,7 +180,14 @@ def _say(kept:KeptStates, n:int, n_todo:int, n_damaged:int):
     if n_damaged: log.warning(f'kept states are damaged, {n_damaged} of {n} segments are computed again: {what}{there}')
     else: log.info(f'states to compute once and keep: {what}{there}')
 
-# %% ../nbs/31_features.ipynb #2bfab818
+# %% ../nbs/31_features.ipynb #5da4d308
+def _missing(kept, segments) -> list[int]: # segments
+    "What the entry lacks, after its room on the disk is made and its journal is read."
+    kept._allocate(); promised = kept._journalled()
+    todo = [i for i, rows in enumerate(segments) if not kept._holds(rows, promised.get(i))]
+    _say(kept, len(segments), len(todo), sum(i in promised for i in todo))
+    return todo
+
 def keep_states(backbone:Backbone,      # frozen
                 batches:PairBatches,    # of tokens
                 folder:Path|None=None,  # None: `cache_folder()`
@@ -183,20 +195,22 @@ def keep_states(backbone:Backbone,      # frozen
                 autocast=None,          # context for the backbone's precision
                 precision:str='fp32'    # what it computes in
                ) -> KeptStates:
-    "The states of all pairs, computed unless they are kept. Raises `ValueError` for a trained backbone, `ConfigError` if the disk refuses."
+    "The states of all pairs, computed unless they are kept; all processes must call it. Raises `ValueError` for a trained backbone, `ConfigError` if the disk refuses."
     if backbone.trained: raise ValueError('the backbone is trained, so its states change; only states of a frozen backbone can be kept')
     if dtype not in ('float16', 'float32'): raise ValueError(f'dtype={dtype!r}: must be float16 or float32')
     kept = KeptStates(folder or cache_folder(), format=FORMAT, segment=SEGMENT, weights=weights_digest(backbone), tokens=tokens_digest(batches), dtype=dtype,
                       precision=precision, pairs=len(batches), width=backbone.d_model, **stack_blocks(backbone))
     order = np.argsort(-batches.lengths, kind='stable'); segments = [order[i:i + SEGMENT] for i in range(0, len(order), SEGMENT)]
-    with _alone(kept):
-        kept._allocate(); promised = kept._journalled()
-        todo = [i for i, rows in enumerate(segments) if not kept._holds(rows, promised.get(i))]
-        _say(kept, len(segments), len(todo), sum(i in promised for i in todo))
-        if todo: _fill(kept, segments, todo, batches, lambda rows: first_states(backbone, batches, rows, autocast))
+    tokens = np.array([batches.tokens[rows].sum() for rows in segments])
+    with ExitStack() as lock:
+        todo = np.array(on_first(lambda: lock.enter_context(_alone(kept)) or _missing(kept, segments)), dtype=int)
+        if not (kept.path/'states.bin').exists(): raise ConfigError(f'{kept.path}: not seen by process {rank()}; the processes of a run share one cache: set RLHF_FLANT5_CACHE to a folder that all machines see')
+        own = todo[deal(tokens[todo], n_processes())[rank()]]
+        if len(own): _fill(kept, segments, own, tokens, lambda rows: first_states(backbone, batches, rows, autocast))
+        wait_for_all()
     return kept
 
-# %% ../nbs/31_features.ipynb #4cf8f23a
+# %% ../nbs/31_features.ipynb #66da5c34
 def kept_features(model:RewardModel,  # its backbone frozen, its features cacheable
                   kept:KeptStates     # of a backbone with the stack that the model reads
                  ) -> np.ndarray: # (pairs, 2, K, D): what `model.features` gives, K blocks
@@ -206,7 +220,7 @@ def kept_features(model:RewardModel,  # its backbone frozen, its features cachea
     if stack is None: raise ValueError(f'{type(model).__name__} reads the {model.stack}; the entry was computed without one')
     return stack[:, :, stack.shape[2] - model.n_blocks:]
 
-# %% ../nbs/31_features.ipynb #b19121d8
+# %% ../nbs/31_features.ipynb #07ad2c74
 def without_decoder(backbone:Backbone # frozen
                    ) -> Backbone:     # on the same weights
     "The encoder alone."
@@ -223,7 +237,8 @@ class FeatureBatches(PairBatches):
                  batches:PairBatches):               # whose pairs they are
         self.features, self.ids, self.subsets = np.asarray(features), batches.ids, batches.subsets
         self.batch_size, self.seed, self.token_budget = batches.batch_size, batches.seed, 2*batches.batch_size
-        self.lengths = np.ones(len(self.features), dtype=int)
+        self.process, self.n_processes = batches.process, batches.n_processes
+        self.lengths, self.tokens = np.ones(len(self.features), dtype=int), np.full(len(self.features), 2)
 
     def micro_batch(self, rows) -> MicroBatch:
         f = torch.from_numpy(self.features[rows]).transpose(0, 1).flatten(0, 1).float()     # (B, 2, K, D) -> (2B, K, D), chosen first

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'StepResult', 'train_step', 'n_due', 'is_due', 'ahead', 'evaluate_all', 'evaluate', 'learning_rate',
-           'TensorBoard', 'History', 'as_scalars', 'as_histograms', 'StopFlag', 'LoopState', 'save_optimizer',
-           'load_optimizer', 'save_weights', 'load_weights', 'TrainingLoop', 'Recent', 'run_loops']
+           'TensorBoard', 'History', 'as_scalars', 'as_histograms', 'StopFlag', 'LoopState', 'rng_state',
+           'put_rng_state', 'CannotSave', 'saving', 'digests', 'publish', 'damage', 'save_weights', 'load_weights',
+           'TrainingLoop', 'Recent', 'resume_loops', 'OutOfMemory', 'halve_budget', 'run_loops']
 
-# %% ../nbs/33_loop.ipynb #0bcc1cae
-import json, logging, math, os, shutil, signal, tempfile, threading, time
+# %% ../nbs/33_loop.ipynb #bede749b
+import errno, hashlib, json, logging, math, os, random, re, shutil, signal, tempfile, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
+from .config import ConfigError
+from .data import MicroBatch, PairBatches, Step, first_line
 from .metrics import pair_scores, score_rows, show_scores
+from .processes import collected, highest, is_first, lost_processes, moments_of, n_processes, on_first, put_moments, put_weights, rank, summed, unsynced, weights_of
 
 # %% ../nbs/33_loop.ipynb #a4551f48
 class NonFiniteLoss(RuntimeError):
@@ -35,22 +42,25 @@ class StepResult:
     grad_norm: float       # before clipping
     n_tokens: int          # real tokens
 
-# %% ../nbs/33_loop.ipynb #c6b67f67
-def train_step(model, optimizer, loss_fn:Callable, step:list, ids:list[str], accelerator, max_grad_norm:float|None=None) -> StepResult:
-    "One step of the optimizer over the micro-batches of `step`. Raises `NonFiniteLoss` before a weight is touched."
-    model.train(); optimizer.zero_grad(); n, rewards = sum(map(len, step)), []
-    for i, m in enumerate(step):
-        with accelerator.no_sync(model) if i + 1 < len(step) else nullcontext():   # subtle: processes exchange gradients once a step
-            with accelerator.autocast(): r = model(**m.inputs)
-            accelerator.backward(loss_fn(r).sum() / n)
-        rewards.append(r.detach())
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
-    chosen, rejected = (torch.cat(x).float().cpu().numpy() for x in zip(*(r.chunk(2) for r in rewards)))
+# %% ../nbs/33_loop.ipynb #7c32dc14
+def train_step(model, optimizer, loss_fn:Callable, step:Step, ids:list[str], accelerator, max_grad_norm:float|None=None) -> StepResult:
+    "One step of the optimizer. Raises `NonFiniteLoss` before a weight is touched; an error of memory says in `alone` whether other processes know nothing of it yet."
+    model.train(); optimizer.zero_grad(); n, last = len(step.rows), len(step.micro_batches) - 1
+    rewards = torch.zeros(2, n, device=accelerator.device)
+    for i, m in enumerate(step.micro_batches):
+        try:
+            with unsynced(model) if i < last else nullcontext():
+                with accelerator.autocast(): r = model(**m.inputs)
+                accelerator.backward(loss_fn(r)[:len(m)].sum() * n_processes() / n)   # subtle: a micro-batch of no rows still passes, and adds nothing
+        except RuntimeError as e: e.alone = n_processes() == 1 or (i < last and not isinstance(model, FSDPModule)); raise
+        rewards[:, step.places(m)] = r.detach().float().view(2, -1)[:, :len(m)]
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norm, (chosen, rejected) = getattr(norm, 'full_tensor', lambda: norm)().item(), summed(rewards, accelerator.device).cpu().numpy()
     if not (np.isfinite(chosen - rejected).all() and math.isfinite(norm)):
-        rows = np.concatenate([m.rows for m in step]); bad = [ids[i] for i in rows[~np.isfinite(chosen - rejected)]]
+        bad = [ids[i] for i in step.rows[~np.isfinite(chosen - rejected)]]
         raise NonFiniteLoss(f'{"reward of " + ", ".join(bad[:3]) if bad else "gradient norm"} is not finite ({len(bad)} of {n} pairs); T5 needs bf16 or fp32, never fp16; else lower the learning rate or set max_grad_norm')
     optimizer.step()
-    return StepResult(chosen, rejected, norm, sum(m.n_tokens for m in step))
+    return StepResult(chosen, rejected, norm, step.n_tokens)
 
 # %% ../nbs/33_loop.ipynb #acd5ffe8
 def n_due(interval, # interval_val, interval_type, max_n_intervals
@@ -64,32 +74,38 @@ def n_due(interval, # interval_val, interval_type, max_n_intervals
 
 def is_due(interval, n, n_per_epoch) -> bool: return n_due(interval, n, n_per_epoch) > n_due(interval, n - 1, n_per_epoch)
 
-# %% ../nbs/33_loop.ipynb #e5983cd5
-def ahead(items, # an iterable of micro-batches, or of steps (lists of them)
+# %% ../nbs/33_loop.ipynb #f9e0f4ac
+def ahead(items, # an iterable of micro-batches, or of steps
           device:torch.device):
     "The same items on the device; each is prepared while the one before is in use."
-    items, move = iter(items), lambda x: [m.to(device) for m in x] if isinstance(x, list) else x.to(device)
-    def fetch(): return next(((move(x),) for x in items), None)
+    items = iter(items)
+    def fetch(): return next(((x.to(device),) for x in items), None)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(fetch)
         while got := coming.result():
             coming = pool.submit(fetch); yield got[0]
 
-# %% ../nbs/33_loop.ipynb #7ccf5843
-def evaluate_all(models:list, batches, accelerator, 
+# %% ../nbs/33_loop.ipynb #82ace297
+def _rewards(models, m, batches, accelerator, share) -> torch.Tensor: # (models, 2, pairs)
+    try:
+        with accelerator.autocast(): shared = share(m); return torch.stack([model(**shared.inputs).float().view(2, -1)[:, :len(m)] for model in models])
+    except RuntimeError as e:
+        if not should_reduce_batch_size(e) or len(m) < 2 or isinstance(models[0], FSDPModule): raise
+    clear_device_cache()
+    return torch.cat([_rewards(models, batches.micro_batch(rows).to(accelerator.device), batches, accelerator, share) for rows in np.array_split(m.rows, 2)], 2)
+
+def evaluate_all(models:list, batches:PairBatches, accelerator, 
                  share:Callable=lambda m: m,         # micro-batch -> micro-batch that all models read
                  check:Callable=lambda: None         # called after each micro-batch
                 ) -> np.ndarray: # rewards of chosen and rejected, in the order of the pairs, (models, 2, pairs)
-    "Rewards of every pair, once, by each of the models."
+    "Rewards of every pair, once, by each of the models; every process gets all of them."
     for model in models: model.eval()
-    out = np.full((len(models), 2, len(batches)), np.nan, dtype=np.float32)
+    out = np.zeros((len(models), 2, len(batches)), dtype=np.float32)
     with torch.no_grad():
         for m in ahead(batches.once(), accelerator.device):
-            with accelerator.autocast(): 
-                m = share(m); rewards = [model(**m.inputs) for model in models]
-            for k, r in enumerate(rewards): out[k][:, m.rows] = r.float().cpu().numpy().reshape(2, -1)
+            out[:, :, m.rows] = _rewards(models, m, batches, accelerator, share).cpu().numpy()
             check()
-    return out
+    return summed(out, accelerator.device)
 
 def evaluate(model, batches, accelerator) -> np.ndarray: # (2, pairs)
     "Rewards of every pair by one model."
@@ -108,11 +124,12 @@ def learning_rate(opt,        # init_lr, final_lr, n_warmup_batches
 # %% ../nbs/33_loop.ipynb #65b0110a
 class TensorBoard:
     "Scalars and histograms for TensorBoard."
-    def __init__(self, folder:Path): self.writer = SummaryWriter(str(folder))
+    def __init__(self, folder:Path): self.folder, self.writer = str(folder), SummaryWriter(str(folder))
     def __call__(self, n:int, scalars:dict, arrays:dict={}):
         for k, v in scalars.items(): self.writer.add_scalar(k, v, n)
         for k, v in arrays.items(): self.writer.add_histogram(k, v, n)
     def text(self, name:str, text:str): self.writer.add_text(name, text)
+    def rewind(self, n:int): self.writer.close(); self.writer = SummaryWriter(self.folder, purge_step=n + 1)
     def close(self): self.writer.close()
 
 class History:
@@ -122,6 +139,8 @@ class History:
         kept = {k: v for k, v in scalars.items() if k.startswith(self.keep)}
         if kept:
             with open(self.path, 'a') as f: f.write(json.dumps(dict(batch=n) | kept) + '\n')
+    def rewind(self, n:int): # subtle: the last line of a killed run may be cut off
+        if self.path.exists(): self.path.write_text(''.join(l for l in self.path.read_text().splitlines(True) if l.endswith('}\n') and json.loads(l)['batch'] <= n))
     def close(self): pass
 
 # %% ../nbs/33_loop.ipynb #3791279e
@@ -136,45 +155,93 @@ def as_histograms(prefix:str, chosen, rejected) -> dict:
 # %% ../nbs/33_loop.ipynb #a2298d75
 class StopFlag:
     "While entered, the first SIGINT or SIGTERM is remembered in `signal` instead of raised."
+    def __init__(self, device='cpu'): self.device = device
     def __enter__(self):
-        self.signal, self.old = None, {}
+        self.signal, self.old = 0, {}
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGINT, signal.SIGTERM): self.old[s] = signal.signal(s, self._handle)
         return self
     def __exit__(self, *_): self._restore()
     def _restore(self):
         while self.old: signal.signal(*self.old.popitem())
-    def _handle(self, s, _): self.signal = signal.Signals(s).name; self._restore()
+    def _handle(self, s, _): self.signal = s; self._restore()
     def check(self):
-        if self.signal: raise KeyboardInterrupt(self.signal)
+        "Raise `KeyboardInterrupt` in all processes if one was asked to stop."
+        if s := int(highest(self.signal, device=self.device)[0]): raise KeyboardInterrupt(signal.Signals(s).name)
 
 # %% ../nbs/33_loop.ipynb #82504d24
 @dataclass
 class LoopState:
     "Where a run is. Everything that decides about going on stands here."
     epoch: int = 0              # epochs done
-    n_batches: int = 0          # batches done
+    n_batches: int = 0          # batches done; with the seed, the place in the epochs' permutations
+    n_looked: int = 0           # the batch behind which all that was due is done
     best_loss: float = math.inf # lowest validation loss
     best_batch: int = -1        # and after how many batches
     n_worse: int = 0            # validations since then
     seconds: float = 0.         # spent in training, validation included
+    token_budget: int = 0       # of a micro-batch
 
-def save_optimizer(opt, path:Path):
-    "State tensors of an optimizer as one safetensors file."
-    save_file({f'{i}.{k}': v.detach().cpu().contiguous() for i, s in opt.state_dict()['state'].items() for k, v in s.items()}, str(path))
+def rng_state() -> dict:
+    "The random generators of this process: Python's, NumPy's, PyTorch's."
+    kind, keys, *rest = np.random.get_state()
+    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state().tolist(),
+                cuda=torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None)
 
-def load_optimizer(opt, path:Path):
-    sd = opt.state_dict(); sd['state'] = {}
-    for name, v in load_file(str(path)).items():
-        i, k = name.split('.', 1); sd['state'].setdefault(int(i), {})[k] = v
-    opt.load_state_dict(sd)
+def put_rng_state(state:dict):
+    "Put the random generators back. Raises `KeyError`, `TypeError` or `ValueError` for what is no state of theirs."
+    if len(state['torch']) != len(torch.get_rng_state()): raise ValueError(f'{len(state["torch"])} bytes are no state of a generator')
+    version, keys, gauss = state['python']; random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state['numpy'])); torch.set_rng_state(torch.tensor(state['torch'], dtype=torch.uint8))
+    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(torch.tensor(state['cuda'], dtype=torch.uint8))
 
-# %% ../nbs/33_loop.ipynb #bfcd2f0c
-def save_weights(model, folder:Path, facts:dict):
+# %% ../nbs/33_loop.ipynb #e98f6bf6
+class CannotSave(RuntimeError):
+    "The disk refuses what a run wants to keep."
+
+@contextmanager
+def saving(what:Path):
+    "Turn a disk's refusals into `CannotSave`, in one line."
+    try: yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, 'strerror', None) or re.sub(r'.*I/O error: (.*) \(os error \d+\)', r'\1', str(e).splitlines()[0])
+        raise CannotSave(f'{what} cannot be written ({reason}); what was kept before is whole: make room or give the right to write, and go on with resume=true') from e
+
+def digests(folder:Path) -> dict[str, str]: # file -> SHA-256
+    "The digests of a folder's files, but for that of the list itself; links are not followed."
+    def sha(f):
+        with open(f, 'rb') as opened: return hashlib.file_digest(opened, 'sha256').hexdigest()
+    return {str(f.relative_to(folder)): sha(f) if not f.is_symlink() else 'a link' for f in sorted(folder.rglob('*')) if not f.is_dir() and f.name != 'digests.json'}
+
+def _sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def publish(new:Path, final:Path):
+    "Seal a folder and give it its name, in one step."
+    (new/'digests.json').write_text(json.dumps(digests(new), indent=1)); new.chmod(0o755)
+    for p in (*new.rglob('*'), new): _sync(p)
+    if final.exists(): os.rename(final, old := Path(tempfile.mkdtemp(prefix='.old-', dir=final.parent))/'old')
+    os.rename(new, final); _sync(final.parent)
+    for left in final.parent.glob('.old-*'): shutil.rmtree(left)
+
+# %% ../nbs/33_loop.ipynb #ba9af203
+def damage(folder:Path) -> str: # what is wrong with it; empty: nothing
+    "Compare a sealed folder with its digests."
+    try: want = json.loads((folder/'digests.json').read_text())
+    except (OSError, ValueError): return 'digests.json is missing or damaged'
+    if not isinstance(want, dict): return 'digests.json is damaged'
+    have = digests(folder)
+    wrong = sorted(f for f in {*want, *have} if want.get(f) != have.get(f))
+    return f'{wrong[0]} is {"missing" if wrong[0] not in have else "not what was written"}' if wrong else ''
+
+# %% ../nbs/33_loop.ipynb #5a1b1595
+def save_weights(model, folder:Path, facts:dict, weights:dict):
     "The plainest way to save: `model.safetensors` in a folder."
-    Path(folder).mkdir(parents=True, exist_ok=True); save_model(model, str(Path(folder)/'model.safetensors'))
+    Path(folder).mkdir(parents=True, exist_ok=True); save_file(weights, str(Path(folder)/'model.safetensors'))
 
-def load_weights(model, folder:Path): load_model(model, str(Path(folder)/'model.safetensors'))
+def load_weights(folder:Path) -> dict: return load_file(str(Path(folder)/'model.safetensors'))
 
 # %% ../nbs/33_loop.ipynb #22e4c0fd
 class TrainingLoop:
@@ -189,11 +256,12 @@ class TrainingLoop:
                  folder:Path,           # best_model/ and checkpoints/ go here
                  accelerator:Accelerator,
                  trackers=(),           # called with (batches done, scalars, arrays)
-                 save:Callable=save_weights,  # (model, folder, facts)
-                 load:Callable=load_weights): # (model, folder)
+                 save:Callable=save_weights,  # (model, folder, facts, weights)
+                 load:Callable=load_weights,  # folder -> weights
+                 save_frozen:bool=True):      # a best model holds the frozen weights too
         self.model, self.optimizer, self.loss_fn, self.train, self.val = model, optimizer, loss_fn, train, val
         self.cfg, self.opt_cfg, self.folder, self.accelerator = cfg, opt_cfg, Path(folder), accelerator
-        self.trackers, self.save, self.load = list(trackers), save, load
+        self.trackers, self.save, self.load, self.save_frozen = list(trackers), save, load, save_frozen
         self.state, self.recent, self.name, self.log = LoopState(), Recent(), '', logging.getLogger(__name__)   # the name begins its log lines
 
     @property
@@ -205,13 +273,13 @@ class TrainingLoop:
         return full*len(self.train) + min(rest*self.train.batch_size, len(self.train))
     def due(self, name): return is_due(self.cfg.intervals[name], self.state.n_batches, self.train.n_steps)
     def track(self, scalars, arrays={}):
-        for t in self.trackers: t(self.state.n_batches, scalars, arrays)
+        with saving(self.folder.parent):
+            for t in self.trackers: t(self.state.n_batches, scalars, arrays)
 
 # %% ../nbs/33_loop.ipynb #897e50c5
 class Recent:
     "Steps since the last look, and the time that they took."
-    def __init__(self): self.steps, self.seconds = [], 0.
-    def add(self, step:StepResult, seconds:float): self.steps.append(step); self.seconds += seconds
+    def __init__(self, steps=(), seconds=0.): self.steps, self.seconds = list(steps), seconds
     def look(self) -> tuple[dict, dict]: # scalars and histograms under train/
         chosen, rejected = (np.concatenate([getattr(s, k) for s in self.steps]) for k in ('chosen', 'rejected'))
         scores = pair_scores(chosen, rejected, ['']*len(chosen))
@@ -219,6 +287,10 @@ class Recent:
         scalars = as_scalars('train', scores) | {'train/gradient_norm': self.steps[-1].grad_norm, 'train/pairs_per_second': len(chosen)/max(self.seconds, 1e-9),
             'train/tokens_per_second': sum(s.n_tokens for s in self.steps)/max(self.seconds, 1e-9)}
         return scalars, as_histograms('train', chosen, rejected)
+
+    def as_json(self) -> dict: return dict(seconds=self.seconds, steps=[asdict(s) | dict(chosen=s.chosen.tolist(), rejected=s.rejected.tolist()) for s in self.steps])
+    @classmethod
+    def from_json(cls, kept): return cls([StepResult(np.float32(s['chosen']), np.float32(s['rejected']), s['grad_norm'], s['n_tokens']) for s in kept['steps']], kept['seconds'])
 
 # %% ../nbs/33_loop.ipynb #34b9948d
 @patch
@@ -229,73 +301,156 @@ def validate(self:TrainingLoop,
     scores, s = pair_scores(*rewards, self.val.subsets), self.state
     if scores['loss'] < s.best_loss:
         s.best_loss, s.best_batch, s.n_worse = scores['loss'], s.n_batches, 0
-        self.save(self.accelerator.unwrap_model(self.model), self.folder/'best_model', dict(batch=s.n_batches, validation=scores))
+        weights = weights_of(self.model, trained=not self.save_frozen)
+        def save():
+            with saving(self.folder/'best_model'): self.save(self.accelerator.unwrap_model(self.model), self.folder/'best_model', dict(batch=s.n_batches, validation=scores), weights)
+        on_first(save)
     else: s.n_worse += 1
     self.track(as_scalars('validation', scores), as_histograms('validation', *rewards))
     self.log.info(f'{self.name}batch {s.n_batches}: validation {show_scores(scores)}{" (best)" if s.n_worse == 0 else f" ({s.n_worse} since the best)"}')
     return scores
 
-# %% ../nbs/33_loop.ipynb #0295b327
+# %% ../nbs/33_loop.ipynb #39f7401e
+def _link(src, dst):
+    try: os.link(src, dst)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV): raise
+        shutil.copy2(src, dst)
+
 @patch
-def checkpoint(self:TrainingLoop, keep:int=2) -> Path: # the last `keep` stay
-    "Write model, optimizer, state and random generator under `checkpoints/batch-N`."
-    root = self.folder/'checkpoints'; root.mkdir(parents=True, exist_ok=True)
-    new, final = Path(tempfile.mkdtemp(prefix='.new-', dir=root)), root/f'batch-{self.state.n_batches:07d}'
-    self.save(self.accelerator.unwrap_model(self.model), new/'model', dict(batch=self.state.n_batches))
-    save_optimizer(self.optimizer, new/'optimizer.safetensors')
-    save_file(dict(cpu=torch.get_rng_state()), str(new/'rng.safetensors'))
-    (new/'state.json').write_text(json.dumps(asdict(self.state)))
-    new.chmod(0o755)
-    if final.exists(): shutil.rmtree(final)
-    os.rename(new, final)
-    for old in sorted(root.glob('batch-*'))[:-keep]: shutil.rmtree(old)
+def _write(self:TrainingLoop, final, weights, moments, rng):
+    root, best = final.parent, self.folder/'best_model'
+    with saving(final):
+        root.mkdir(parents=True, exist_ok=True)
+        for left in (*root.glob('.new-*'), *root.glob('.old-*')): shutil.rmtree(left)      # of a process that was killed here
+        new = Path(tempfile.mkdtemp(prefix='.new-', dir=root))
+        try:
+            save_file(weights, str(new/'model.safetensors')); save_file(moments, str(new/'optimizer.safetensors'))
+            for name, kept in dict(state=asdict(self.state), recent=self.recent.as_json(), rng=rng).items(): (new/f'{name}.json').write_text(json.dumps(kept))
+            if self.state.best_batch >= 0: shutil.copytree(best, new/'best', copy_function=_link)
+            publish(new, final)
+        except BaseException: shutil.rmtree(new, ignore_errors=True); raise
+        for old in sorted(root.glob('batch-*'))[:-self.cfg.n_checkpoints]: shutil.rmtree(old)
+
+@patch
+def checkpoint(self:TrainingLoop) -> Path: # the last `n_checkpoints` stay
+    "Write all that a run needs to go on under `checkpoints/batch-N`. All processes must call it. Raises `CannotSave`."
+    final = self.folder/'checkpoints'/f'batch-{self.state.n_batches:07d}'
+    weights, moments, rng = weights_of(self.model, trained=True), moments_of(self.model, self.optimizer), collected(rng_state())
+    on_first(lambda: self._write(final, weights, moments, rng))
     return final
+
+# %% ../nbs/33_loop.ipynb #0c7e3058
+def _fitting(model, weights:dict) -> dict: # the same
+    "Raise `ValueError` if a trained weight of the model is missing or of another shape."
+    shapes = {n.removeprefix('module.'): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    bad = next((n for n, shape in shapes.items() if n not in weights or tuple(weights[n].shape) != shape), None)
+    if bad: raise ValueError(f'{bad} is missing or of another shape')
+    return weights
 
 @patch
 def load_best(self:TrainingLoop):
-    "Put the weights of the lowest validation loss back."
-    self.load(self.accelerator.unwrap_model(self.model), self.folder/'best_model')
+    "Put the weights of the lowest validation loss back. All processes must call it."
+    put_weights(self.model, _fitting(self.model, self.load(self.folder/'best_model')) if is_first() else {})
 
 @patch
 def load_checkpoint(self:TrainingLoop, path:Path):
-    "Go back to where `checkpoint` was called."
-    self.load(self.accelerator.unwrap_model(self.model), Path(path)/'model'); load_optimizer(self.optimizer, Path(path)/'optimizer.safetensors')
-    torch.set_rng_state(load_file(str(Path(path)/'rng.safetensors'))['cpu'])
-    self.state = LoopState(**json.loads((Path(path)/'state.json').read_text()))
+    "Go back to where `checkpoint` was called. All processes must call it; the first one reads."
+    path = Path(path); read = lambda name: json.loads((path/f'{name}.json').read_text())
+    tensors = lambda name: load_file(str(path/f'{name}.safetensors')) if is_first() else {}
+    put_weights(self.model, _fitting(self.model, tensors('model')) if is_first() else {}); put_moments(self.model, self.optimizer, tensors('optimizer'))
+    state, recent, rng = on_first(lambda: (read('state'), read('recent'), read('rng')))
+    self.state, self.recent, self.train.token_budget = LoopState(**state), Recent.from_json(recent), state['token_budget']
+    if len(rng) == n_processes(): put_rng_state(rng[rank()])
+    else: self.log.warning(f'{self.name}begun on {len(rng)} processes, goes on with {n_processes()}: the same pairs in the same steps, equal to rounding; dropout, if there is any, draws anew')
+    on_first(lambda: self._rewind(path))
 
-# %% ../nbs/33_loop.ipynb #2d7a0d26
 @patch
-def step(self:TrainingLoop, step) -> StepResult:
+def _rewind(self:TrainingLoop, path=None):
+    "Take back what came behind the state."
+    best = self.folder/'best_model'
+    with saving(self.folder.parent):
+        for t in self.trackers: t.rewind(self.state.n_batches)
+        if best.exists(): shutil.rmtree(best)
+        if path and (path/'best').exists(): shutil.copytree(path/'best', best, copy_function=_link)
+
+# %% ../nbs/33_loop.ipynb #77e444a4
+def _state(path) -> LoopState:
+    try: return LoopState(**json.loads((path/'state.json').read_text()))
+    except (TypeError, ValueError, RecursionError) as e: raise ConfigError(f'{path}: not a checkpoint of this run ({type(e).__name__}: {first_line(e)}); take another index') from e
+
+def _newest_together(loops) -> list: # a checkpoint of each loop; empty: none yet
+    kept, told = [{int(p.name[6:]): p for p in (l.folder/'checkpoints').glob('batch-*')} for l in loops], {}
+    def whole(p):
+        if p not in told and (told.setdefault(p, damage(p))): loops[0].log.warning(f'{p.name}: {told[p]}; passed over')
+        return not told[p]
+    def of(l, paths, n):
+        good = next((paths[k] for k in sorted(paths, reverse=True) if k <= n and whole(paths[k])), None)
+        return good if good and (good == paths.get(n) or l.ends(_state(good))) else None
+    for n in sorted({k for paths in kept for k in paths}, reverse=True):
+        chosen = [of(l, paths, n) for l, paths in zip(loops, kept)]
+        if all(chosen): return chosen
+    bad = [p for p, wrong in told.items() if wrong]
+    if bad: raise ConfigError(f'{bad[0]}: {told[bad[0]]}, and no older checkpoint is whole; remove the folder checkpoints to begin this run again, or take another index')
+    return []
+
+def resume_loops(loops:list) -> int: # batches done; 0: from the beginning
+    "Load the newest checkpoints that are whole and belong together. Raises `ConfigError` if there are some, but all are damaged."
+    paths = on_first(lambda: _newest_together(loops))
+    for l, path in zip(loops, paths):
+        try: l.load_checkpoint(path)
+        except (LookupError, TypeError, ValueError, RecursionError, AttributeError, SafetensorError) as e: raise ConfigError(f'{path}: not a checkpoint of this run ({type(e).__name__}: {first_line(e)}); take another index') from e
+    if not paths: on_first(lambda: [l._rewind() for l in loops])
+    return max(l.state.n_batches for l in loops)
+
+# %% ../nbs/33_loop.ipynb #34e19287
+@patch
+def step(self:TrainingLoop, step:Step):
     "One batch: rate and optimizer step."
     s = self.state
     for g in self.optimizer.param_groups: g['lr'] = learning_rate(self.opt_cfg, self.cfg.n_epochs, s.epoch, s.n_batches)
     done = train_step(self.model, self.optimizer, self.loss_fn, step, self.train.ids, self.accelerator, self.opt_cfg.max_grad_norm)
-    s.n_batches += 1
-    return done
+    s.n_batches += 1; self.recent.steps.append(done)
 
 @patch
 def report(self:TrainingLoop):
     "Training pairs since the last report, to the trackers and the log, if due."
     s, last = self.state, self.state.n_batches == self.n_total
     if not (self.due('train_status_update') or self.due('progress_logging') or last): return
-    scalars, arrays = self.recent.look(); rate = self.optimizer.param_groups[0]['lr']
+    scalars, arrays = self.recent.look(); rate = learning_rate(self.opt_cfg, self.cfg.n_epochs, s.epoch, s.n_batches - 1)
     if self.due('train_status_update') or last: self.track(scalars | {'train/learning_rate': rate}, arrays); self.recent = Recent()
     if self.due('progress_logging'):
         self.log.info(f'{self.name}epoch {s.epoch + 1}, batch {s.n_batches} of {self.n_total}: loss {scalars["train/loss"]:.4f}, accuracy {100*scalars["train/accuracy"]:.1f}%, {scalars["train/pairs_per_second"]:.1f} pairs/s')
 
+@patch
+def ends(self:TrainingLoop, state:LoopState) -> bool: return state.n_batches >= self.n_total or state.n_worse >= self.cfg.max_non_optim_vals
 @patch(as_prop=True)
-def finished(self:TrainingLoop): return self.state.n_batches >= self.n_total or self.state.n_worse >= self.cfg.max_non_optim_vals
+def finished(self:TrainingLoop): return self.ends(self.state)
+
+# %% ../nbs/33_loop.ipynb #e94237a4
+class OutOfMemory(RuntimeError):
+    "A step does not fit, and can't be done in smaller pieces."
+
+def halve_budget(train:PairBatches, step:Step, error:RuntimeError, log):
+    "Halve the token budget after `error`. Raises it if it is not about memory, `OutOfMemory` if half would not help."
+    if not should_reduce_batch_size(error): raise error
+    largest = max(step.micro_batches, key=lambda m: m.n_positions)
+    said = f'out of memory with {largest.n_positions:,} positions at once ({str(error).splitlines()[0][:120]})'
+    if not getattr(error, 'alone', n_processes() == 1): raise OutOfMemory(f'{said} while processes exchange gradients; set training.token_budget below {largest.n_positions}, and go on with resume=true') from error
+    if len(largest) < 2: raise OutOfMemory(f'{said}, which is one pair; set data.max_tokens lower, model.gradient_checkpointing=true, or distributed.strategy=fsdp') from error
+    clear_device_cache(); train.token_budget = min(train.token_budget, largest.n_positions)//2
+    log.warning(f'{said}: the token budget is {train.token_budget:,} from here on; the step is done again, on the same pairs')
 
 # %% ../nbs/33_loop.ipynb #ef8fe385
 def _after_step(loops, share, check):
     "What is due behind a batch."
-    for l in loops: l.report()
     due = [l for l in loops if l.due('validation') or l.state.n_batches == l.n_total]
     if due:
         rewards = evaluate_all([l.model for l in due], due[0].val, due[0].accelerator, share, check)
         for l, r in zip(due, rewards): l.validate(r)
+    for l in loops: l.report(); l.state.n_looked = l.state.n_batches
     for l in loops:
-        if l.due('checkpointing') and l.state.n_batches < l.n_total: l.checkpoint()
+        if l.due('checkpointing') or l.finished: l.checkpoint()
 
 def _interrupted(loop):
     if loop.state.n_batches: loop.log.info(f'{loop.name}interrupted after batch {loop.state.n_batches} of {loop.n_total}; checkpoint written to {loop.checkpoint()}')
@@ -304,25 +459,37 @@ def _show(bar, done:StepResult):
     now = score_rows(done.chosen, done.rejected)
     bar.set_postfix_str(f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}', refresh=False); bar.update()
 
+def _steps(loops, share, stop, bar):
+    "Steps of an epoch, as far as nothing changes: True at its end; False when a loop is done, or steps must be cut anew."
+    train, a, epoch, done, tick = loops[0].train, loops[0].accelerator, loops[0].state.epoch, min(l.state.n_batches for l in loops), time.monotonic()
+    for n, step in enumerate(ahead(train.steps(epoch, start=done - epoch*train.n_steps), a.device), done + 1):
+        budget = train.token_budget
+        try:
+            with a.autocast(): shared = Step(step.rows, [share(m) for m in step.micro_batches], step.n_tokens)
+            for l in loops:
+                if l.state.n_batches < n: l.step(shared)      # what is done again, is not done again by those that have done it
+        except RuntimeError as e: halve_budget(train, step, e, loops[0].log); return False
+        for l in loops: l.recent.seconds += time.monotonic() - tick; l.state.token_budget = train.token_budget
+        _show(bar, loops[0].recent.steps[-1]); _after_step(loops, share, stop.check)
+        for l in loops: l.state.seconds += time.monotonic() - tick
+        tick = time.monotonic(); stop.check(); agreed = -int(highest(-train.token_budget, device=a.device)[0])
+        if agreed < train.token_budget: loops[0].log.warning(f'another process was out of memory: the token budget is {agreed:,} from here on')
+        train.token_budget = agreed
+        if any(l.finished for l in loops) or train.token_budget != budget: return False
+    return True
+
 # %% ../nbs/33_loop.ipynb #45d31884
 def run_loops(loops:list[TrainingLoop],    # over the same pairs in the same order
               share:Callable=lambda m: m   # micro-batch -> micro-batch that all models read
              ):
     "Train to the end. On Ctrl-C or SIGTERM writes checkpoints and raises `KeyboardInterrupt`."
-    first, live, a, tick = loops[0], [l for l in loops if not l.finished], loops[0].accelerator, time.monotonic()
-    with StopFlag() as stop, tqdm(total=first.n_total, initial=first.state.n_batches, desc='train', unit='batch', disable=None) as bar:
+    first, live = loops[0], [l for l in loops if not l.finished]
+    with (StopFlag(first.accelerator.device) as stop, lost_processes(), 
+          tqdm(total=first.n_total, initial=first.state.n_batches, desc='train', unit='batch', disable=None if is_first() else True) as bar):
         try:
-            while live:
-                s = live[0].state
-                for step in ahead(first.train.steps(s.epoch, start=s.n_batches - s.epoch*first.train.n_steps), a.device):
-                    with a.autocast(): step = [share(m) for m in step]
-                    done = [l.step(step) for l in live]
-                    for l, d in zip(live, done): l.recent.add(d, time.monotonic() - tick)
-                    _show(bar, done[0]); _after_step(live, share, stop.check)
-                    for l in live: l.state.seconds += time.monotonic() - tick
-                    tick = time.monotonic(); stop.check()
-                    if not (live := [l for l in live if not l.finished]): break
-                else:
+            if behind := [l for l in loops if l.state.n_looked < l.state.n_batches]: _after_step(behind, share, stop.check)
+            while live := [l for l in live if not l.finished]:
+                if _steps(live, share, stop, bar):
                     for l in live: l.state.epoch += 1
         except KeyboardInterrupt:
             for l in live: _interrupted(l)

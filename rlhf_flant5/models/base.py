@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch, snake2camel
 from fastcore.xtras import camel2snake
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,7 +60,8 @@ def count_blocks(self:RewardModel, stack:str, n:int|None) -> int:
 # %% ../../nbs/20_reward_model.ipynb #324c6683
 def readout_name(cls:type) -> str: 
     "`RewardFromDecoderOutput` -> `decoder_output`, the readout's name in the configuration."
-    return camel2snake(cls.__name__.removeprefix('RewardFrom'))
+    name = next((c.__name__ for c in cls.__mro__ if c.__name__.startswith('RewardFrom')), cls.__name__)   # subtle: FSDP puts a class of its own in front
+    return camel2snake(name.removeprefix('RewardFrom'))
 
 def readout_class(name:str) -> type[RewardModel]:
     "The class of a readout. Raises `ConfigError` for a name that is none of them."
@@ -72,6 +73,7 @@ def readout_class(name:str) -> type[RewardModel]:
 def save_pretrained(self:RewardModel,
                     folder:Path,      # is replaced if it exists
                     tokenizer,
+                    weights:dict[str, torch.Tensor]|None=None, # instead of the module's own: those of a model shared out over processes
                     **facts):         # anything to keep in `config.json`: max_tokens, what it was trained on, its scores
     "Save weights, architecture and tokenizer as one self-contained folder."
     folder = Path(folder); folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def save_pretrained(self:RewardModel,
     config = dict(format='rlhf_flant5 reward model 1', readout=readout_name(type(self)), settings=self.settings, has_decoder=self.backbone.has_decoder,
                   train_transformer=self.backbone.trained, lora=self.backbone.lora, transformer=self.backbone.transformer.config.to_dict(), **facts)
     (new/'config.json').write_text(json.dumps(config, indent=1))
-    save_model(self, str(new/'model.safetensors'))
+    save_model(self, str(new/'model.safetensors')) if weights is None else save_file({k: v.contiguous() for k, v in weights.items()}, str(new/'model.safetensors'))
     tokenizer.save_pretrained(new/'tokenizer')
     new.chmod(0o755)
     if folder.exists(): shutil.rmtree(folder)
