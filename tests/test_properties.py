@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import assume, given, strategies as st
 from conftest import examples
 from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import PairBatches, cut_by_budget, draw, epoch_order, first_human_turn, split_validation
+from rlhf_flant5.data import PairBatches, cut_by_budget, deal, draw, epoch_order, first_human_turn, split_validation
 from rlhf_flant5.loop import is_due, learning_rate, n_due
 from rlhf_flant5.metrics import calibration_error, pair_scores, score_rows, wilson
 from rlhf_flant5.pooling import AttentionPooling, GeGLU, RewardHead, WeightedPooling
@@ -105,14 +105,40 @@ def test_pair_batches(made, budget, other, epoch, data):
     "Every pair once an epoch; the steps are the same sets for every token budget, and from whatever step on they begin."
     lengths, make = made; b = make(budget); steps = [*b.steps(epoch)]
     for step in steps:
-        for m in step: check_micro_batch(m, lengths); assert len(m) == 1 or m.n_positions <= budget
-    sets = lambda steps: [sorted(i for m in step for i in m.rows) for step in steps]
+        for m in step.micro_batches: check_micro_batch(m, lengths); assert len(m) == 1 or m.n_positions <= budget
+        assert step.n_tokens == sum(m.n_tokens for m in step.micro_batches)
+    sets = lambda steps: [sorted(i for m in step.micro_batches for i in m.rows) for step in steps]
+    assert sets(steps) == [sorted(step.rows) for step in steps]
     assert len(steps) == b.n_steps == math.ceil(len(lengths)/b.batch_size) and all(len(s) == b.batch_size for s in sets(steps)[:-1])
     assert sorted(sum(sets(steps), [])) == [*range(len(lengths))]
     assert sets(steps) == sets(make(other).steps(epoch))
     start = data.draw(st.integers(0, len(steps)))
     rest = [*b.steps(epoch, start=start)]
-    assert [[m.rows.tolist() for m in s] for s in rest] == [[m.rows.tolist() for m in s] for s in steps[start:]]
+    assert [[m.rows.tolist() for m in s.micro_batches] for s in rest] == [[m.rows.tolist() for m in s.micro_batches] for s in steps[start:]]
+
+
+@examples(60)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 9))
+def test_deal(sizes, n):
+    "A partition, in order; no process has more than the least one and an item (so at most 4/3 of the best possible, Graham 1969)."
+    hands = deal(np.array(sizes), n); loads = [sum(sizes[i] for i in h) for h in hands]
+    assert sorted(i for h in hands for i in h) == [*range(len(sizes))] and all(list(h) == sorted(h) for h in hands) and len(hands) == n
+    assert max(loads) - min(loads) <= max(sizes) and max(loads) <= 4/3*max(math.ceil(sum(sizes)/n), max(sizes), sum(sorted(sizes)[::-1][n - 1:n + 1]) if len(sizes) > n else 0) + 1
+
+
+@examples(60)
+@given(batches(), st.integers(1, 400), st.integers(2, 6), st.integers(0, 3))
+def test_batches_of_several_processes(made, budget, n, epoch):
+    "The same steps and the same micro-batches of an evaluation, each pair with one process; as many passes with each."
+    lengths, make = made
+    def part(k): b = make(budget); b.process, b.n_processes = k, n; return b
+    for whole, parts in zip(make(budget).steps(epoch), zip(*(part(k).steps(epoch) for k in range(n))), strict=True):
+        assert all((p.rows == whole.rows).all() and p.n_tokens == whole.n_tokens for p in parts) and len({len(p.micro_batches) for p in parts}) == 1
+        assert sorted(i for p in parts for m in p.micro_batches for i in m.rows) == sorted(whole.rows)
+        for p in parts:
+            for m in p.micro_batches: assert (p.rows[p.places(m)] == m.rows).all() and len(m.inputs['input_ids']) == 2*max(len(m), 1)
+    rounds = [[m.rows.tolist() for m in part(k).once()] for k in range(n)]
+    assert len({*map(len, rounds)}) == 1 and sorted(r for rs in rounds for r in rs if r) == sorted(m.rows.tolist() for m in make(budget).once())
 
 
 @examples(60)

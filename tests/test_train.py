@@ -94,20 +94,20 @@ def test_bad_pairs_name_file_and_line(results, tmp_path, model_folder, pairs_fol
 
 
 def test_interruption_leaves_a_checkpoint(results):
-    "Ctrl-C in the middle: exit code 130, and a checkpoint that loads as a model."
+    "Ctrl-C in the middle: exit code 75, a checkpoint, and the best model so far, whole, in both places."
     run = results/'Reward-Model-Training'/'desc-long,index-0'
     p = subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.train', 'experiment=toy', 'desc=long', 'data.n_test_data=100', 'training.loop.n_val_data=100', 'training.loop.n_epochs=1000', 'training.loop.max_non_optim_vals=1000', 'device_name=cpu',
                           'sim_man.allow_untracked=true'], env=os.environ | {'PYTHONPATH': str(root)}, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run/'simulation'/'best_model').is_dir() and time.monotonic() < deadline: time.sleep(.2)
     p.send_signal(signal.SIGINT); _, said = p.communicate(timeout=120)
-    assert p.returncode == 130 and 'Traceback' not in said, said
+    assert p.returncode == 75 and 'Traceback' not in said, said
     assert json.loads((run/'data'/'provenance.json').read_text())['status'] == 'interrupted'
     last = sorted((run/'simulation'/'checkpoints').iterdir())[-1]
     state = json.loads((last/'state.json').read_text())
     assert state['n_batches'] == int(last.name.split('-')[1]) and f'after batch {state["n_batches"]}' in said
     from rlhf_flant5.models.base import RewardModel
-    assert RewardModel.from_pretrained(last/'model').config['batch'] == state['n_batches']
+    for folder in (last/'best', run/'simulation'/'best_model'): assert RewardModel.from_pretrained(folder).config['batch'] == state['best_batch']
 
 
 def test_saved_model_from_another_folder(results, tmp_path, model_folder, pairs_folder):
