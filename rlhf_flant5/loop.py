@@ -239,7 +239,8 @@ def damage(folder:Path) -> str: # what is wrong with it; empty: nothing
 # %% ../nbs/33_loop.ipynb #5a1b1595
 def save_weights(model, folder:Path, facts:dict, weights:dict):
     "The plainest way to save: `model.safetensors` in a folder."
-    Path(folder).mkdir(parents=True, exist_ok=True); save_file(weights, str(Path(folder)/'model.safetensors'))
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); save_file(weights, str(folder/'.new'))
+    os.replace(folder/'.new', folder/'model.safetensors')       # subtle: a new file, since a checkpoint may hold a link to the old one
 
 def load_weights(folder:Path) -> dict: return load_file(str(Path(folder)/'model.safetensors'))
 
