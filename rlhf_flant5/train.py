@@ -24,7 +24,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
-from safetensors.torch import save_file, load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -34,7 +33,7 @@ from .backbone import Backbone, load_flan_t5
 from .config import ConfigError, best_device, choices, choose_precision, load_config, parse_override, set_seed
 from .data import first_line, MicroBatch, PairBatches, counts_line, fingerprint, load_tokenizer, pairs_folder, prepare_splits, read_pairs
 from .features import FeatureBatches, keep_states, kept_features, weights_digest, without_decoder
-from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops
+from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops, save_weights
 from .metrics import calibration_error, pair_scores, show_scores
 from .models.base import RewardModel, pair_loss, readout_name
 from .processes import EndedElsewhere, first_then_all, highest, is_first, launch, lost_processes, n_processes, on_first, rank, share_model, weights_of
@@ -185,16 +184,14 @@ def compile_if_it_pays(cfg, model, train:PairBatches, accelerator) -> bool:
 
 # %% ../nbs/34_train.ipynb #cdfa0ddf
 class Saver:
-    "How the loop saves and loads: whole folders for a trained backbone, the readout's weights for a frozen one."
+    "How the loop saves: whole folders for a trained backbone, the readout's weights for a frozen one."
     def __init__(self, tokenizer, **facts): self.tokenizer, self.facts = tokenizer, facts
 
     def whole(self, model, folder, facts, weights): model.save_pretrained(folder, self.tokenizer, weights, **self.facts, **facts)
 
     def save(self, model, folder, facts, weights):
         if model.backbone.trained: return self.whole(model, folder, facts, weights)
-        Path(folder).mkdir(parents=True, exist_ok=True); save_file(weights, str(Path(folder)/'model.safetensors'))
-
-    def load(self, folder) -> dict: return load_file(str(Path(folder)/'model.safetensors'))
+        save_weights(model, folder, facts, weights)
 
 # %% ../nbs/34_train.ipynb #65d9de3b
 def check_group(cfg, n:int): # processes
@@ -272,7 +269,7 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
 def make_loop(cfg, run, model, batches, accelerator, saver, trackers) -> TrainingLoop:
     model = share_model(model, cfg.distributed.strategy, accelerator)
     return TrainingLoop(model, make_optimizer(cfg.training.optimizer, model), pair_loss, batches['train'], batches['validation'], cfg.training.loop, cfg.training.optimizer, run.simulation,
-                        accelerator, trackers, saver.save, saver.load, save_frozen=cfg.model.train_transformer)
+                        accelerator, trackers, saver.save, save_frozen=cfg.model.train_transformer)
 
 def check_room(loops, resumed:bool):
     "Raise `ConfigError` if the disk has no room for what the loops keep."
