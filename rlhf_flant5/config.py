@@ -6,7 +6,7 @@
 __all__ = ['CONFIG_DIR', 'RULES', 'BOOK_STYLE', 'ConfigError', 'DataConfig', 'LoraConfig', 'ModelConfig', 'PooledModelConfig',
            'FullPooledModelConfig', 'OptimizerConfig', 'IntervalConfig', 'IntervalsConfig', 'LoopConfig',
            'TrainingConfig', 'DistributedConfig', 'SimManConfig', 'Config', 'choices', 'parse_override', 'load_config',
-           'best_device', 'choose_precision', 'figure', 'set_seed']
+           'best_device', 'choose_precision', 'figure', 'markdown_table', 'set_seed']
 
 # %% ../nbs/00_config.ipynb #f10d884c
 import difflib, re
@@ -128,6 +128,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig
     loop: LoopConfig
 
+# %% ../nbs/00_config.ipynb #1e41a63a
 @dataclass
 class DistributedConfig:
     "Several processes, each with a device."
@@ -323,3 +324,11 @@ def figure(n_cols:int=1,       # axes side by side
     "A figure in the book's style; the colours are Okabe and Ito's, which colour-blind readers can tell apart."
     plt.rcParams.update(BOOK_STYLE)   # not a context: titles and legends are styled when they are drawn, later
     return plt.subplots(n_rows, n_cols, figsize=(width*n_cols, height*n_rows), layout='constrained', **kwargs)
+
+# %% ../nbs/00_config.ipynb #6c2984d9
+def markdown_table(header:list, rows:list[list]) -> str:
+    "A table that reads well as text and renders as Markdown."
+    text = lambda row: [str(c).replace('|', '¦').replace('\n', ' ') for c in row]
+    header, rows = text(header), [*map(text, rows)]; widths = [max(map(len, col)) for col in zip(header, *rows)]
+    line = lambda cells: '| ' + ' | '.join(c.ljust(w) for c, w in zip(cells, widths)) + ' |'
+    return '\n'.join([line(header), '|' + '|'.join('-'*(w + 2) for w in widths) + '|', *map(line, rows)])
