@@ -188,6 +188,7 @@ def _missing(kept, segments) -> list[int]: # segments
     _say(kept, len(segments), len(todo), sum(i in promised for i in todo))
     return todo
 
+# %% ../nbs/31_features.ipynb #5c475e8f
 def keep_states(backbone:Backbone,      # frozen
                 batches:PairBatches,    # of tokens
                 folder:Path|None=None,  # None: `cache_folder()`

@@ -265,17 +265,22 @@ class TrainingLoop:
         self.trackers, self.save, self.load, self.save_frozen = list(trackers), save, load, save_frozen
         self.state, self.recent, self.name, self.log = LoopState(), Recent(), '', logging.getLogger(__name__)   # the name begins its log lines
 
-    @property
-    def n_total(self) -> int: # batches of the whole run
-        return self.cfg.n_batches or self.cfg.n_epochs * self.train.n_steps
-    @property
-    def n_pairs(self) -> int: # pairs trained on so far
-        full, rest = divmod(self.state.n_batches, self.train.n_steps)
-        return full*len(self.train) + min(rest*self.train.batch_size, len(self.train))
-    def due(self, name): return is_due(self.cfg.intervals[name], self.state.n_batches, self.train.n_steps)
-    def track(self, scalars, arrays={}):
-        with saving(self.folder.parent):
-            for t in self.trackers: t(self.state.n_batches, scalars, arrays)
+# %% ../nbs/33_loop.ipynb #8309d8c1
+@patch(as_prop=True)
+def n_total(self:TrainingLoop) -> int: return self.cfg.n_batches or self.cfg.n_epochs * self.train.n_steps     # batches of the whole run
+
+@patch(as_prop=True)
+def n_pairs(self:TrainingLoop) -> int: # trained on so far
+    full, rest = divmod(self.state.n_batches, self.train.n_steps)
+    return full*len(self.train) + min(rest*self.train.batch_size, len(self.train))
+
+@patch
+def due(self:TrainingLoop, name): return is_due(self.cfg.intervals[name], self.state.n_batches, self.train.n_steps)
+
+@patch
+def track(self:TrainingLoop, scalars, arrays={}):
+    with saving(self.folder.parent):
+        for t in self.trackers: t(self.state.n_batches, scalars, arrays)
 
 # %% ../nbs/33_loop.ipynb #897e50c5
 class Recent:
@@ -333,6 +338,7 @@ def _write(self:TrainingLoop, final, weights, moments, rng):
         except BaseException: shutil.rmtree(new, ignore_errors=True); raise
         for old in sorted(root.glob('batch-*'))[:-self.cfg.n_checkpoints]: shutil.rmtree(old)
 
+# %% ../nbs/33_loop.ipynb #18daba8e
 @patch
 def checkpoint(self:TrainingLoop) -> Path: # the last `n_checkpoints` stay
     "Write all that a run needs to go on under `checkpoints/batch-N`. All processes must call it. Raises `CannotSave`."
@@ -366,6 +372,7 @@ def load_checkpoint(self:TrainingLoop, path:Path):
     else: self.log.warning(f'{self.name}begun on {len(rng)} processes, goes on with {n_processes()}: the same pairs in the same steps, equal to rounding; dropout, if there is any, draws anew')
     on_first(lambda: self._rewind(path))
 
+# %% ../nbs/33_loop.ipynb #8b84f0f0
 @patch
 def _rewind(self:TrainingLoop, path=None):
     "Take back what came behind the state."
@@ -456,6 +463,7 @@ def _after_step(loops, share, check):
 def _interrupted(loop):
     if loop.state.n_batches: loop.log.info(f'{loop.name}interrupted after batch {loop.state.n_batches} of {loop.n_total}; checkpoint written to {loop.checkpoint()}')
 
+# %% ../nbs/33_loop.ipynb #979d8a7b
 def _show(bar, done:StepResult):
     now = score_rows(done.chosen, done.rejected)
     bar.set_postfix_str(f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}', refresh=False); bar.update()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'RUN_NAME', 'FREE_TO_CHANGE', 'check_name', 'results_root', 'run_dir', 'make_run_dir', 'git',
            'find_checkout', 'read_source', 'read_machine', 'read_packages', 'write_file', 'plain', 'write_json',
-           'parse_run', 'Run', 'hold', 'open_run', 'changed_settings', 'protect', 'unprotect', 'find_runs']
+           'parse_run', 'Run', 'hold', 'open_run', 'flat_settings', 'changed_settings', 'protect', 'unprotect',
+           'find_runs']
 
 # %% ../nbs/32_runs.ipynb #ebe4d864
 import json, logging, math, os, platform, re, reprlib, shlex, shutil, subprocess, sys, time
@@ -240,28 +241,32 @@ def open_run(
 # %% ../nbs/32_runs.ipynb #a2dc74b5
 FREE_TO_CHANGE = r'resume|use_multi_gpu_if_available|device_name|distributed\..*|sim_man\..*|training\.loop\.n_checkpoints|training\.loop\.intervals\.progress_logging\..*'
 
-def _flat(cfg, prefix=''):
-    "Dotted keys and values."
+def flat_settings(cfg:dict, prefix:str=''):
+    "Yield the dotted keys and the values of nested settings."
     for k, v in cfg.items():
-        if isinstance(v, dict): yield from _flat(v, f'{prefix}{k}.')
+        if isinstance(v, dict): yield from flat_settings(v, f'{prefix}{k}.')
         else: yield f'{prefix}{k}', v
 
 def changed_settings(
     old:str, new:str # configurations, YAML
 )->list[str]:        # `key was …, now …` for each that a run may not change
     "How a configuration differs from the one that a run began with."
-    old, new = (dict(_flat(OmegaConf.to_container(OmegaConf.create(text)))) for text in (old, new))
+    old, new = (dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text)))) for text in (old, new))
     shown = lambda d, k: repr(d[k]) if k in d else 'absent'
     return [f'{k} was {shown(old, k)}, now {shown(new, k)}' for k in sorted({*old, *new}) if shown(old, k) != shown(new, k) and not re.fullmatch(FREE_TO_CHANGE, k)]
 
 # %% ../nbs/32_runs.ipynb #ce770a3a
 @patch
+def check_settings(self:Run, config_yaml:str):
+    "Raise `ConfigError` for settings that are not those that the run began with, by name."
+    changed = changed_settings((self.data/'config.yaml').read_text(), config_yaml)
+    if changed: raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{f" and {len(changed) - 3} more" if len(changed) > 3 else ""}: a run goes on with the settings that it began with; take the same, or another index')
+
+@patch
 def go_on(self:Run, config_yaml, command, source, diff) -> Run:
     "Take up a run that was cut short; one that is done stays as it is. Raises `ConfigError` for changed settings, by name."
-    changed = changed_settings((self.data/'config.yaml').read_text(), config_yaml)
-    if changed: 
-        self.lock.release()
-        raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{f" and {len(changed) - 3} more" if len(changed) > 3 else ""}: a run goes on with the settings that it began with; take the same, or another index')
+    try: self.check_settings(config_yaml)
+    except ConfigError: self.lock.release(); raise
     old = self.provenance; self.resumed, self.done = True, old['status'] == 'done'
     if self.done: self.lock.release(); return self
     for d in self.data, self.logs, self.simulation: unprotect(d)

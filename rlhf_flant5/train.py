@@ -7,12 +7,12 @@ __all__ = ['log', 'ENOUGH_TOKENS', 'COMPILE_SAVES', 'COMPILE_WARMUP', 'REQUEUE',
            'keeps_states', 'build_backbone', 'build_model', 'saved_bytes', 'free_memory', 'find_token_budget',
            'token_batches', 'kept_batches', 'precision_name', 'warn_of_states', 'make_optimizer', 'matmul_rate',
            'compile_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted', 'peak_memory',
-           'write_pairs', 'final_scores', 'SharedPass', 'prepare', 'make_loop', 'check_room', 'as_decided',
-           'check_origin', 'train_runs', 'save_best', 'finish', 'open_runs', 'train_together', 'train', 'sweep',
-           'side_by_side', 'main']
+           'keep_texts', 'rewarded', 'final_scores', 'SharedPass', 'prepare', 'make_loop', 'check_room', 'as_decided',
+           'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish', 'open_runs', 'train_together', 'train',
+           'sweep', 'side_by_side', 'main']
 
-# %% ../nbs/34_train.ipynb #c0ae5182
-import argparse, copy, itertools, json, logging, math, os, pydoc, re, resource, shutil, signal, subprocess, sys, threading, time, warnings
+# %% ../nbs/34_train.ipynb #4c8b58b6
+import argparse, copy, gzip, itertools, json, logging, math, os, pydoc, re, resource, shutil, signal, subprocess, sys, threading, time, warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -29,15 +29,18 @@ from torch.distributed.tensor import DTensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import T5EncoderModel, T5Model
 from transformers.utils import logging as transformers_logging
+
+# %% ../nbs/34_train.ipynb #df3be63b
 from .backbone import Backbone, load_flan_t5
 from .config import ConfigError, best_device, choices, choose_precision, load_config, parse_override, set_seed
-from .data import first_line, MicroBatch, PairBatches, counts_line, fingerprint, load_tokenizer, pairs_folder, prepare_splits, read_pairs
+from .data import first_line, MicroBatch, PairBatches, counts_line, fingerprint, load_tokenizer, n_shared, pairs_folder, prepare_splits, read_pairs
+from .explore import BASELINES
 from .features import FeatureBatches, keep_states, kept_features, weights_digest, without_decoder
 from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops, save_weights
-from .metrics import calibration_error, pair_scores, show_scores
+from .metrics import calibration_error, fit_temperature, margins, pair_scores, pair_table, show_scores, write_pair_table
 from .models.base import RewardModel, pair_loss, readout_name
 from .processes import EndedElsewhere, first_then_all, highest, is_first, launch, lost_processes, n_processes, on_first, rank, share_model, weights_of
-from .runs import Run, open_run
+from .runs import Run, open_run, write_file
 from .toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
 log = logging.getLogger('rlhf_flant5.train')
 
@@ -76,6 +79,7 @@ def keeps_states(cfg) -> bool: # of the `model` settings
     "Whether a run trains on states that are computed once."
     return not cfg.train_transformer and cfg.use_pretrained_output and model_class(cfg).cacheable
 
+# %% ../nbs/34_train.ipynb #0f16908b
 def build_backbone(cfg, # the `model` settings
                    decoder:bool # with its decoder
                   ) -> Backbone:
@@ -160,6 +164,7 @@ def matmul_rate(device, dtype, n:int=1024) -> float: # operations a second
         best = max(best, 2*n**3/(time.perf_counter() - begun))
     return best
 
+# %% ../nbs/34_train.ipynb #79d6440b
 COMPILE_SAVES = {('cpu', 'fp32'): .03, ('cpu', 'bf16'): .2, ('cuda', 'fp32'): .1, ('cuda', 'bf16'): .2}   # share of a step
 COMPILE_WARMUP = 30       # seconds
 
@@ -222,22 +227,34 @@ def peak_memory(device) -> int: # bytes
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/34_train.ipynb #e273dfcd
-def write_pairs(path, b:PairBatches, chosen, rejected):
-    with open(path, 'w') as f:
-        for row in zip(b.ids, b.subsets, chosen.tolist(), rejected.tolist()): f.write(json.dumps(dict(zip(('id', 'subset', 'reward_chosen', 'reward_rejected'), row))) + '\n')
-
-def final_scores(runs, loops, batches, share) -> list[dict]: # of each run {validation, test}: scores
-    "Score the best models on validation and test; one JSON line a pair in `results/`."
-    for l in loops: l.load_best()
-    scores = [{} for _ in runs]
+# %% ../nbs/34_train.ipynb #6eadd1f0
+def keep_texts(run:Run, splits):
+    "The texts that the run is judged on, beside its rewards: `data/{validation,test}_texts.jsonl.gz`."
     for split in ('validation', 'test'):
-        b = batches[split]
-        for run, l, own, (c, r) in zip(runs, loops, scores, evaluate_all([l.model for l in loops], b, loops[0].accelerator, share)):
-            own[split] = pair_scores(c, r, b.subsets) | dict(calibration_error=calibration_error(c, r))
-            if is_first(): write_pairs(run.results/f'{split}_pairs.jsonl', b, c, r)
+        rows = zip(*(splits[split][k][:] for k in ('id', 'subset', 'chosen', 'rejected')))
+        lines = ''.join(json.dumps(dict(zip(('id', 'subset', 'chosen', 'rejected'), row))) + '\n' for row in rows)
+        write_file(run.data/f'{split}_texts.jsonl.gz', gzip.compress(lines.encode(), mtime=0))
+
+def rewarded(pairs, chosen, rejected): # one row a pair
+    "Rewards beside ids, subsets and tokens of the pairs."
+    a, b = pairs['chosen_ids'][:], pairs['rejected_ids'][:]
+    return pair_table(pairs['id'][:], pairs['subset'][:], chosen, rejected, [*map(len, a)], [*map(len, b)], [*map(n_shared, a, b)])
+
+# %% ../nbs/34_train.ipynb #8dd7e1bb
+def final_scores(runs, loops, batches, splits, share) -> list[dict]: # of each run {baselines, validation, temperature, test}
+    "Score the best models on validation and test, with a temperature from validation; a row for each pair in `results/`."
+    for l in loops: l.load_best()
+    test = splits['test']; rules = {name: pair_scores(f(test['chosen'][:]), f(test['rejected'][:]), test['subset'][:]) for name, f in BASELINES.items()}
+    scores = [dict(baselines=rules) for _ in runs]
+    for split in ('validation', 'test'):
+        rewards = evaluate_all([l.model for l in loops], batches[split], loops[0].accelerator, share)
+        for run, l, own, (c, r) in zip(runs, loops, scores, rewards):
+            own[split] = pair_scores(c, r, batches[split].subsets) | dict(calibration_error=calibration_error(c, r))
+            if split == 'validation': own['temperature'] = fit_temperature(margins(c, r))
+            if is_first(): write_pair_table(rewarded(splits[split], c, r), run.results/f'{split}_pairs.jsonl')
             log.info(f'{l.name}{split}: {show_scores(own[split])}')
             for name, s in own[split]['subsets'].items(): log.info(f'{l.name}    {name}: {show_scores(s)}')
+    log.info('rules without a parameter, test: ' + ', '.join(f'{name} {100*s["accuracy"]:.1f}%' for name, s in rules.items() if s['n_ties'] < s['n']))
     return scores
 
 # %% ../nbs/34_train.ipynb #23a75784
@@ -293,6 +310,14 @@ def check_origin(run:Run, **now):
         if was.get(k, v) != v: raise ConfigError(f'{run.dir.name}: the {k} are not those that the run began with; take the same, or another index')
     run.note(**now)
 
+# %% ../nbs/34_train.ipynb #ecff6c34
+def begin_runs(cfgs, runs, models, loops, splits, decided:dict):
+    "Before the first step: is there room, do the weights belong to the run; what was decided, and the texts it will be judged on, are kept."
+    check_room(loops, any(r.resumed for r in runs))
+    for c, run, m, l in zip(cfgs, runs, models, loops):
+        if not (c.model.train_transformer and not c.model.lora.r): check_origin(run, weights=weights_digest(m.backbone))
+        if not run.resumed: run.record('decided', decided); keep_texts(run, splits); l.trackers[0].text('config', '```yaml\n' + OmegaConf.to_yaml(c) + '```')
+
 # %% ../nbs/34_train.ipynb #26088e67
 def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary.json
     "Train in open runs: one, or several over one frozen pass."
@@ -308,12 +333,7 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
     trackers = [[TensorBoard(run.simulation/'tensorboard'), History(run.results/'history.jsonl')] if is_first() else [] for run in runs]
     loops = [make_loop(c, r, m, batches, accelerator, saver, t) for c, r, m, t in zip(cfgs, runs, models, trackers)]
     decided = dict(token_budget=batches['train'].token_budget if cfg.training.token_budget == 'auto' and not keeps_states(cfg.model) else cfg.training.token_budget, compile=compiled, precision=precision_name(accelerator))
-    def begin():
-        check_room(loops, resumed)
-        for c, run, m, t in zip(cfgs, runs, models, trackers):
-            if not (c.model.train_transformer and not c.model.lora.r): check_origin(run, weights=weights_digest(m.backbone))
-            if not run.resumed: run.record('decided', decided); t[0].text('config', '```yaml\n' + OmegaConf.to_yaml(c) + '```')
-    on_first(begin)
+    on_first(lambda: begin_runs(cfgs, runs, models, loops, splits, decided))
     if len(loops) > 1:
         for c, l in zip(cfgs, loops): l.name = f'{c.desc}: '
     if resumed: n = resume_loops(loops); log.info(f'goes on after batch {n} of {loops[0].n_total}' if n else 'no checkpoint yet: begins again')
@@ -322,7 +342,7 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
         for l, m, run in zip(loops, models, runs): save_best(l, m, run, saver, dict(batch=l.state.best_batch))
         raise
     finally: [t.close() for ts in trackers for t in ts]
-    scores = final_scores(runs, loops, batches, share)
+    scores = final_scores(runs, loops, batches, splits, share)
     return [finish(c, run, l, m, saver, s, best) for c, run, l, m, s in zip(cfgs, runs, loops, models, scores)]
 
 # %% ../nbs/34_train.ipynb #f04ae691
@@ -382,8 +402,10 @@ def train(overrides:list[str],      # settings, `key=value`
     "One run from settings to scores. Raises `ConfigError` before any long work."
     return train_together([overrides], command)[0]
 
-# %% ../nbs/34_train.ipynb #4debe4ec
-def sweep(overrides:list[str]) -> list[list[str]]: # the settings of each run
+# %% ../nbs/34_train.ipynb #31b52f67
+def sweep(overrides:list[str],
+          named:list[str]=()    # keys whose value is added to `desc` even if it is the only one
+         ) -> list[list[str]]: # the settings of each run
     "Every combination of the comma-separated values; their values are added to `desc`."
     options, desc = [], next((o.split('=', 1)[1] for o in overrides if o.startswith('desc=')), load_config().desc)
     for o in overrides:
@@ -393,8 +415,10 @@ def sweep(overrides:list[str]) -> list[list[str]]: # the settings of each run
         options.append([f'{parsed.get_key_element()}={v}' for v in values] or [o])
     runs = []
     for combo in itertools.product(*options):
-        swept = [c.split('=', 1)[1] for c, o in zip(combo, options) if len(o) > 1]
+        swept = [c.split('=', 1)[1].rstrip('/').rsplit('/', 1)[-1] for c, o in zip(combo, options) if len(o) > 1 or c.split('=', 1)[0] in named]     # of a path its last part
         runs.append([c for c in combo if not c.startswith('desc=')] + [f'desc={"-".join([desc, *swept])}'])
+    names = Counter(r[-1] for r in runs)
+    if twice := next((n for n, k in names.items() if k > 1), None): raise ConfigError(f'{twice}: two runs would have this name; name each value once, and folders by different last parts')
     return runs
 
 # %% ../nbs/34_train.ipynb #d14179fc
@@ -404,7 +428,7 @@ def side_by_side(overrides:list[str]) -> list[list[str]]: # the settings of each
     if not lists: return [overrides]
     seeds = re.search(r'seed=\[(\d+)', ' '.join(lists))
     order = [f'data.order_seed={seeds[1]}'] if seeds and not any(o.startswith('data.order_seed=') for o in overrides) else []
-    return sweep([o.replace('[', '').replace(']', '') if o in lists else o for o in overrides] + order)
+    return sweep([o.replace('[', '').replace(']', '') if o in lists else o for o in overrides] + order, named=[o.split('=', 1)[0] for o in lists])
 
 # %% ../nbs/34_train.ipynb #a374b529
 def _parser():
@@ -442,6 +466,7 @@ def _train_process(overrides, n_jobs, running) -> int:
         for line in p.stdout: print(f'{overrides[-1].removeprefix("desc="):30} {line}', end='', flush=True)
     return p.returncode
 
+# %% ../nbs/34_train.ipynb #5f7741e0
 def _work(args, command) -> int:
     if args.jobs < 1: raise ConfigError(f'--jobs {args.jobs}: must be at least 1')
     if args.cfg: print(OmegaConf.to_yaml(load_config(args.settings))); return 0
