@@ -1,0 +1,148 @@
+"Scores as a user gets them: alone and in batches for each readout, and the program on streams, with bad lines, killed and resumed."
+import gzip, json, os, random, signal, subprocess, sys, time
+import numpy as np
+import pytest
+from conftest import root
+from rlhf_flant5.backbone import Backbone
+from rlhf_flant5.config import ConfigError, choices, set_seed
+from rlhf_flant5.models.base import readout_class
+from rlhf_flant5.score import dialogue, main, numbered_lines, score_lines, windows
+from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
+from transformers import T5EncoderModel, T5Model
+
+
+def build(name, **kwargs):
+    set_seed(3)
+    cls = readout_class(name); model = cls(Backbone(toy_transformer(cls=T5Model if cls.reads_decoder else T5EncoderModel), **kwargs)).eval()
+    model.tokenizer, model.config = toy_tokenizer(), dict(max_tokens=128, temperature=2.)
+    for p in model.readout_parameters(): p.data += .3*p.data.std().nan_to_num(.3).clamp(min=.1)*p.data.new_empty(p.shape).normal_()   # so that pools weigh and rewards differ
+    return model
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    model = build('layerwise_attention'); path = tmp_path_factory.mktemp('score')/'model'
+    model.save_pretrained(path, model.tokenizer, max_tokens=128, temperature=2.)
+    return path
+
+
+texts = toy_pairs(150, seed=2)['chosen'][:]
+
+
+@pytest.mark.parametrize('name', choices('model'))
+def test_alone_in_batches_and_in_any_order(name):
+    model = build(name); want = np.array([model.score(t) for t in texts]); shuffled = random.Random(1).sample(range(150), 150)
+    assert want.std() > 1e-3
+    for got in (model.score(texts), model.score(iter(texts), token_budget=1), model.score(texts, token_budget=10**9), model.score([texts[i] for i in shuffled])[np.argsort(shuffled)]):
+        assert np.abs(got - want).max() < 1e-5*want.std() + 1e-6
+    assert not model.training and np.abs(model.train().score(texts) - want).max() < 1e-5 and model.training      # no dropout, and the mode is put back
+
+
+@pytest.mark.parametrize('name', choices('model'))
+@pytest.mark.parametrize('frozen', [False, True])
+def test_explanation_adds_up(name, frozen):
+    model = build(name, train_transformer=not frozen); why = model.explain(texts[0])
+    assert abs(why.reward - model.score(texts[0])) < 1e-5 and len(why.tokens) == why.token_weights.shape[1] == len(why.token_effects)
+    for effects, gap in ((why.token_effects, why.gaps[0]), (why.block_effects, why.gaps[1])):
+        assert abs(effects.sum() + gap - (why.reward - why.blank_reward)) < 1e-5 and abs(gap) <= .011*abs(why.reward - why.blank_reward) + 1e-5
+    assert np.allclose(why.token_weights.sum(1), 1, atol=1e-5) and model.backbone.trained is not frozen
+    n_prompt = len(model.token_ids([texts[0].rpartition('\n\nAssistant:')[0] + '\n\nAssistant:'])[0]) - 1
+    assert not why.token_effects[:n_prompt].any() and why.token_effects[n_prompt:-1].all()
+
+
+def test_prompts_that_are_no_plain_question():
+    same = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d'; messages = [dict(role=r, content=c) for r, c in (('user', 'a'), ('assistant', 'b'), ('user', 'c'))]
+    for prompt in ('\n\nHuman: a\n\nAssistant: b\n\nHuman: c', '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:', messages): assert dialogue(prompt, ' d ') == same
+    assert dialogue(messages + [dict(role='assistant', content='d')]) == same and dialogue('\n\nHuman: a', '') == '\n\nHuman: a\n\nAssistant: '
+    for bad in (('\n\nAssistant:', 'x'), ('\n\nAssistant: hi', 'x'), ([], 'x'), ([dict(role='user', content=None)], 'x'), (messages, [dict(role='user', content='x')]), ('a', 7)):
+        with pytest.raises(ConfigError): dialogue(*bad)
+
+
+def test_memory_that_does_not_suffice(monkeypatch):
+    import torch
+    model = build('decoder_output'); monkeypatch.setattr(type(model), 'features', lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(ConfigError, match='4,096 tokens at once do not fit'): model.score(texts)
+
+
+def test_windows_depend_on_the_lines_alone():
+    lines = [(n, b'x'*(n % 7)) for n in range(100)]
+    assert [len(w) for w in windows(lines, 32)] == [32, 32, 32, 4] and [r for w in windows(lines, 32, 20) for r in w] == lines
+    class Endless:       # a line beyond the limit is passed over in pieces
+        left = 40
+        def readline(self, n): self.left -= 1; return b'' if self.left < 0 else b'{}\n' if self.left == 0 else b'x'*n
+    assert [(n, line) for n, line in numbered_lines(Endless())] == [(1, None)]
+
+
+def rows(n): return b''.join(json.dumps(dict(id=i, text=texts[i % 150] + ' So.'*(i % 5))).encode() + b'\n' for i in range(n))
+
+
+def test_program(folder, tmp_path, capsysbinary):
+    def run(*args): return main([str(folder), *map(str, args)]), *(s.decode() for s in capsysbinary.readouterr())
+    (tmp_path/'in.jsonl.gz').write_bytes(gzip.compress(rows(30) + b'{"text": "no turn"}\n'))
+    code, said, errors = run(tmp_path/'in.jsonl.gz'); out = [json.loads(l) for l in said.splitlines()]
+    assert code == 1 and 'line 31: no turn' in errors and '31 lines, 30 scored, 1 bad' in errors
+    assert [r['line'] for r in out] == [*range(1, 32)] and [r.get('id') for r in out] == [*range(30), None] and 'error' in out[-1]
+    (tmp_path/'bad.jsonl').write_text('7\n\n7\n'); code, said, errors = run(tmp_path/'bad.jsonl', '--token-budget', '100'); assert code == 1 and said.count('"error"') == 2
+    (tmp_path/'cut.jsonl.gz').write_bytes(gzip.compress(rows(3000))[:-100])
+    for args, says in (((tmp_path/'cut.jsonl.gz', '--out', tmp_path/'cut'), 'cut off or damaged'), ((tmp_path/'nowhere.jsonl',), 'No such file'), ((tmp_path,), 'directory'), ((tmp_path/'bad.jsonl', '--token-budget', '0'), 'at least 1')):
+        code, said, errors = run(*args); assert (code, said, says in errors, errors[:7], errors.count('\n')) == (2, '', True, 'error: ', 1)
+
+
+@pytest.mark.parametrize('held', [b'a note', b'two\nlines\n', b'3\n', b'{"reward": "x"}\n', b'{"line": 1, "reward": "x"}\n', b'{"line": 1, "id": 0, "reward": 1000.0}\n{"l', b'['*9999 + b'\n', b'\xff\n', b'{"line": 7', 'all'])
+def test_resume_leaves_a_foreign_file_alone(folder, tmp_path, capsys, held):
+    (tmp_path/'in').write_bytes(rows(2 if held == 'all' else 3))
+    if held == 'all': main([str(folder), str(tmp_path/'in'), '--out', str(tmp_path/'out')]); held = (tmp_path/'out').read_bytes() + b'{"line": 3'     # a row more than there is to score
+    (tmp_path/'out').write_bytes(held); capsys.readouterr()
+    assert main([str(folder), str(tmp_path/'in'), '--out', str(tmp_path/'out'), '--resume']) == 2
+    said = capsys.readouterr().err; assert said.startswith('error: what is in the file') and said.count('\n') == 1 and (tmp_path/'out').read_bytes() == held
+
+
+def test_out_that_would_be_compressed(folder, tmp_path, capsys):
+    assert main([str(folder), str(tmp_path), '--out', str(tmp_path/'out.jsonl.gz')]) == 2
+    assert f'name it {tmp_path}/out.jsonl, and' in capsys.readouterr().err and not (tmp_path/'out.jsonl.gz').exists()
+
+
+class Nan:
+    "A model whose reward is NaN for texts that hold a word."
+    def __init__(self, model, word): self.model, self.bad = model, {*model.token_ids([word])[0][:-1]}
+    def __getattr__(self, name): return getattr(self.model, name)
+    def rewards_of(self, ids, *args, **kwargs): return type(self.model).rewards_of(self.model if not any(self.bad <= {*t} for t in ids) else self.broken(), ids, *args, **kwargs)
+    def broken(self): model = build('decoder_output'); model.readout = lambda features: features.flatten(1).sum(1)*float('nan'); return model
+
+
+def test_one_nan_is_one_error():
+    model = build('decoder_output'); lines = [json.dumps(dict(text=t)).encode() for t in (*texts[:5], '\n\nHuman: Who?\n\nAssistant: %%%', *texts[5:9])]
+    found = score_lines(Nan(model, '%%%'), enumerate(lines, 1))
+    assert ['error' in r for r in found] == [i == 5 for i in range(10)] and 'NaN' in found[5]['error']
+    assert np.allclose([r['reward'] for r in found if 'reward' in r], model.score(texts[:9]), atol=1e-5)
+
+
+def test_compared_prompts_are_the_same():
+    model = build('decoder_output'); pair = lambda p: [(p, 'yes'), ([dict(role='user', content='a')], 'no')]
+    assert model.compare(*pair('a')) == model.compare(*pair('\n\nHuman: a\n\nAssistant:'))
+    with pytest.raises(ConfigError, match='comparison 0: the prompts differ'): model.compare(*pair('b'))
+    with pytest.raises(ConfigError, match='comparison 1: the prompts differ'): model.compare([('a', 'x')]*2, [('a', 'y'), ('c', 'y')])
+
+
+def start(folder, *args, **kwargs): return subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.score', str(folder), *args], env=os.environ | {'PYTHONPATH': str(root)}, **kwargs)
+
+
+def test_killed_and_resumed(folder, tmp_path):
+    "SIGKILL once a window is written, SIGTERM in the middle of the next attempt, then to the end: the bytes of an unbroken run."
+    (tmp_path/'in').write_bytes(rows(6000))
+    assert main([str(folder), str(tmp_path/'in'), '--out', str(tmp_path/'whole')]) == 0
+    for k, (s, code) in enumerate(((signal.SIGKILL, -9), (signal.SIGTERM, 75))):
+        p = start(folder, str(tmp_path/'in'), '--out', str(tmp_path/'part'), *['--resume']*k, stderr=subprocess.PIPE, text=True); size = os.path.getsize(tmp_path/'part') if k else 0
+        while not (tmp_path/'part').exists() or os.path.getsize(tmp_path/'part') <= size: assert p.poll() is None; time.sleep(.01)
+        p.send_signal(s); said = p.communicate()[1]; assert p.returncode == code and ('go on with --resume' in said) == (code == 75)
+    with open(tmp_path/'part', 'ab') as f: f.write(b'{"line": ')        # half a line, as a power cut leaves it
+    before = os.path.getsize(tmp_path/'part'); assert 0 < before < os.path.getsize(tmp_path/'whole')
+    assert main([str(folder), str(tmp_path/'in'), '--out', str(tmp_path/'part'), '--resume']) == 0
+    assert (tmp_path/'part').read_bytes() == (tmp_path/'whole').read_bytes()
+
+
+def test_reader_that_leaves_early(folder, tmp_path):
+    (tmp_path/'in').write_bytes(rows(6000))
+    p = start(folder, str(tmp_path/'in'), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert json.loads(p.stdout.readline())['line'] == 1
+    p.stdout.close(); assert (p.stderr.read(), p.wait()) == (b'', 1)
