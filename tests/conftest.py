@@ -57,3 +57,21 @@ def examples(n):
     "Settings of a property test: `n` examples, the same ones each time; $FUZZ_EXAMPLES times as many, and others each time, if that is set."
     times = os.environ.get('FUZZ_EXAMPLES')
     return settings(max_examples=max(1, int(n*float(times or 1))), derandomize=times is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def saved_run(results, i, right=None, seed=1, settings='', **changes):
+    "A finished run's folder, written by hand: `right` says which of its ten pairs it has right (or more, for more pairs)."
+    from rlhf_flant5.metrics import pair_scores, pair_table, write_pair_table
+    folder = results/'Reward-Model-Training'/f'desc-x,index-{i}'; right = [True]*6 + [False]*4 if right is None else [*right]; n = len(right)
+    for name in ('data', 'results'): (folder/name).mkdir(parents=True)
+    margins = [1. + k/10 if r else -1. - k/10 for k, r in enumerate(right)]; ids, subsets = [f's/test:{k}' for k in range(n)], ['s', 't']*(n//2)
+    table = pair_table(ids, subsets, margins, [0.]*n, [20 + k % 3 for k in range(n)], [20 + k % 5 for k in range(n)], [9]*n); scores = pair_scores(margins, [0.]*n, subsets)
+    summary = dict(readout='decoder_output', seed=seed, train_transformer=True, cached_states=False, transformer_name='a', data_name='b', best_reachable_accuracy=None, n_trained_parameters=7, seconds=1., pairs_per_second=9.,
+                   peak_memory_bytes=2**30, temperature=1.5, validation=scores, test=scores) | changes
+    (folder/'data'/'config.yaml').write_text(f'seed: {seed}\n{settings}'); (folder/'results'/'summary.json').write_text(json.dumps(summary))
+    (folder/'results'/'history.jsonl').write_text('{"batch": 5, "validation/accuracy": 0.5}\n{"batch": 9, "validation/accuracy": 0.6}\n')
+    for split in ('validation', 'test'):
+        write_pair_table(table, folder/'results'/f'{split}_pairs.jsonl')
+        with gzip.open(folder/'data'/f'{split}_texts.jsonl.gz', 'wt') as f:
+            for k, id in enumerate(ids): f.write(json.dumps(dict(id=id, subset=subsets[k], chosen=f'\n\nHuman: {k}?\n\nAssistant: {"yes "*(k % 3 + 1)}', rejected=f'\n\nHuman: {k}?\n\nAssistant: {"no "*(k % 5 + 1)}')) + '\n')
+    return folder

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from conftest import root, short
+from conftest import root, saved_run, short
 from rlhf_flant5 import compare, features
 from rlhf_flant5.backbone import Backbone, load_flan_t5
 from rlhf_flant5.config import ConfigError, load_config
@@ -314,29 +314,26 @@ def test_an_own_readout_of_the_command_line(tmp_path, monkeypatch):
     assert model_class(load_config(['model=decoder_output', 'model._target_=mine.Mine']).model).__name__ == 'Mine'
 
 
-def run_folder(results, i, **changes):
-    scores = dict(accuracy=.6, low=.5, high=.7, n=10)
-    summary = dict(readout='decoder_output', seed=1, train_transformer=True, cached_states=False, transformer_name='a', data_name='b', best_reachable_accuracy=None, n_trained_parameters=7, seconds=1., validation=scores, test=scores) | changes
-    path = results/'Reward-Model-Training'/f'desc-x,index-{i}'/'results'/'summary.json'; path.parent.mkdir(parents=True); path.write_text(json.dumps(summary)); return path
-
-
 def test_compare_writes_through_no_link(results, capsys):
     "Somebody's results bring links with the names of what is written."
-    victim = results/'victim'; victim.write_text('mine'); run_folder(results, 0)
-    for name in ('compare.md', 'compare.json', 'compare.png'): (results/name).symlink_to(victim)
-    assert compare.main([str(results)]) == 0 and victim.read_text() == 'mine' and 'decoder_output' in (results/'compare.md').read_text()
+    victim, folder = results/'victim', results/'comparison'; victim.write_text('mine'); saved_run(results, 0); folder.mkdir()
+    for name in ('report.md', 'scores.json', 'accuracy.png', 'suspicious.md'): (folder/name).symlink_to(victim)
+    (folder/'notes.txt').write_text('kept')
+    assert compare.main([str(results)]) == 0 and victim.read_text() == 'mine' and 'decoder_output' in (folder/'report.md').read_text() and (folder/'notes.txt').read_text() == 'kept'
+    elsewhere = results/'elsewhere'; folder.rename(elsewhere); folder.symlink_to(elsewhere)
+    assert compare.main([str(results)]) == 2 and 'is a link' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('changes', [dict(readout='a\x1b[2Jb'), dict(readout='a\n| b'), dict(readout=7), dict(data_name=None), dict(seed='1'), dict(seconds=1e999), dict(validation={}), dict(test=dict(accuracy=2, low=0, high=1, n=1)), dict(best_reachable_accuracy='x'), dict(n_trained_parameters=[])])
 def test_hostile_summary(results, capsys, changes):
-    run_folder(results, 0); run_folder(results, 1, **changes)
+    saved_run(results, 0); saved_run(results, 1, seed=2); path = results/'Reward-Model-Training'/'desc-x,index-1'/'results'/'summary.json'; path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert compare.main([str(results)]) == 2
     said = capsys.readouterr().err; assert said.count('\n') == 1 and said[:-1].isprintable() and [*changes][0] in said
 
 
 def test_names_are_shown_as_they_are(results, capsys):
     "A dollar begins no formula in the figure, a bar ends no cell in the table."
-    run_folder(results, 0, readout='$\\frac{', transformer_name='$\\evil$', data_name='a|b'); assert compare.main([str(results)]) == 0
+    saved_run(results, 0, readout='$\\frac{', transformer_name='$\\evil$', data_name='a|b'); assert compare.main([str(results)]) == 0
 
 
 @pytest.mark.parametrize('desc', ['../x', '..', '.hidden', 'a/b', '/etc', 'a\nb', '-rf', '~', '$HOME', 'x'*101])
