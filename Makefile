@@ -15,15 +15,14 @@ IGNORED :=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## train all five readouts on the toy world and compare them (2 minutes on two cores)
+demo: $(READY) ## train all five readouts on the toy world and compare them with baselines (2 minutes on two cores)
 	@root=results/demo-$$(date +%Y%m%d-%H%M%S) && mkdir -p $$root && \
-	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.train --multirun --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true \
-	  model=layerwise_attention,full_attention_pooling,decoder_output,attention_pooled_encoder,attention_pooled_decoder && \
+	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.sweep --seeds 1 --transformer trained --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true && \
 	$(RUN) rlhf_flant5.compare $$root
 
 test: $(READY) ## run every notebook's tests, then the programs' tests
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test
-	OMP_NUM_THREADS=1 $(RUN) pytest -q
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal
 
 export: $(READY) ## clean the notebooks, then write the modules from them
 	.venv/bin/nbdev_clean
