@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ORDER', 'COLOURS', 'FIGURES', 'read_summary', 'Saved', 'read_run', 'load_runs', 'Row', 'read_texts', 'rule_rows',
            'Comparison', 'compared', 'comparisons', 'row_scores', 'all_scores', 'answer_table', 'subset_table',
-           'cost_table', 'plot_accuracy', 'plot_differences', 'plot_cost', 'curve', 'plot_curves', 'plot_calibration',
-           'plot_length', 'votes', 'plot_disagreement', 'judges', 'suspected', 'divided', 'reading', 'write_report',
-           'main']
+           'baseline_table', 'cost_table', 'plot_accuracy', 'plot_differences', 'plot_cost', 'curve', 'plot_curves',
+           'plot_calibration', 'plot_length', 'votes', 'plot_disagreement', 'judges', 'suspected', 'divided', 'reading',
+           'write_report', 'main']
 
 # %% ../nbs/60_compare.ipynb #b609a2f1
 import argparse, itertools, json, math, re, sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -205,6 +206,15 @@ def subset_table(scores:list[dict]) -> str:
     names = [*scores[0]['subsets']]
     return markdown_table(['row', *(f'{n}, n = {scores[0]["subsets"][n]["n"]:,}' for n in names)], [[s['name'], *(_percent(s['subsets'][n]) for n in names)] for s in scores])
 
+# %% ../nbs/60_compare.ipynb #8f2ff85d
+def baseline_table(c:Comparison) -> str:
+    "Test accuracy of each readout minus that of each baseline, points; a star where the corrected p-value is below 0.05."
+    baselines = [r for r in c.rows if r.baseline]; found = [[compare_seeds(m.tables['test'], b.tables['test']) for b in baselines] for m in c.models]
+    p = holm([d['p'] for row in found for d in row]).reshape(len(found), -1)
+    cell = lambda m, d, p: f'{100*d["difference"]:+.1f}' + ('*' if p < .05 and len(m.runs) > 1 else '')
+    return markdown_table(['minus', *(b.name for b in baselines)], [[m.name, *map(partial(cell, m), row, ps)] for m, row, ps in zip(c.models, found, p)])
+
+# %% ../nbs/60_compare.ipynb #f926a428
 def cost_table(scores:list[dict]) -> str:
     "What a row costs to train, and what its rewards are like."
     number = lambda v, f: '' if v is None else format(v, f)
@@ -345,7 +355,7 @@ def write_report(c:Comparison, folder:Path) -> str: # the table
     folder.mkdir(exist_ok=True); scores = all_scores(c)
     for name in ('report.md', 'scores.json', 'suspicious.md', 'divided.md', *(f'{n}.png' for n in FIGURES)): (folder/name).unlink(missing_ok=True)     # subtle: a link there would be written through
     for name, plot in FIGURES.items(): fig = plot(c, scores); fig.savefig(folder/f'{name}.png', dpi=130); plt.close(fig)
-    parts = [f'# {c.data_name.replace("|", "¦")}', answer_table(c, scores), '\n'.join(reading(scores)), '## Subsets', subset_table(scores), '## Cost, calibration, length', cost_table(scores), *(f'![{n}]({n}.png)' for n in FIGURES)]
+    parts = [f'# {c.data_name.replace("|", "¦")}', answer_table(c, scores), '\n'.join(reading(scores)), '## Subsets', subset_table(scores), '## Against baselines, points (* where p, corrected, is below 0.05)', baseline_table(c), '## Cost, calibration, length', cost_table(scores), *(f'![{n}]({n}.png)' for n in FIGURES)]
     (folder/'report.md').write_text('\n\n'.join(parts) + '\n'); write_json(folder/'scores.json', scores)
     write_sheet(suspected(c), c.texts['test'], folder/'suspicious.md')
     write_sheet(divided(c), c.texts['test'], folder/'divided.md', title='pairs on which the readouts part', say=lambda row: f'Right: {row.right}\n\nWrong: {row.wrong}')
