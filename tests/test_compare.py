@@ -1,11 +1,12 @@
 "The comparison over runs whose numbers are known, and the sweep as a program."
-import json, math
+import json, math, os, subprocess, sys, time
 import numpy as np, pytest
-from conftest import program, saved_run
+from conftest import program, root, saved_run
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from rlhf_flant5 import compare, sweep
 from rlhf_flant5.compare import all_scores, comparisons, load_runs, votes
+from rlhf_flant5.runs import hold
 
 
 @pytest.fixture
@@ -52,12 +53,12 @@ def test_damage(results, capsys, name, text, says):
 
 
 def test_sweep_goes_on(results, capsys):
-    "A sweep over one seed, then over two: what is done is left alone."
-    what = lambda n: ['--readouts', 'decoder_output', '--seeds', str(n), '--transformer', 'trained', '-j', '2', '--no-baselines', 'experiment=toy', 'desc=s', 'data.n_train_data=64', 'data.n_test_data=64',
+    "A sweep over one seed, then over two in the same process: what is done is left alone and counted once."
+    what = lambda n: ['--readouts', 'decoder_output', '--seeds', str(n), '--transformer', 'frozen', '-j', '2', '--no-baselines', 'experiment=toy', 'desc=s', 'data.n_train_data=64', 'data.n_test_data=64',
                       'training.loop.n_val_data=64', 'training.loop.n_batches=2', 'sim_man.allow_untracked=true']
     done = program('rlhf_flant5.sweep', *what(1)); assert done.returncode == 0 and '1 runs, 0 of them done' in done.stdout, done.stderr
     done = program('rlhf_flant5.sweep', *what(2)); assert done.returncode == 0 and '2 runs, 1 of them done; 1 processes to start' in done.stdout and '[2/2]' in done.stdout, done.stdout + done.stderr
-    assert sweep.main([*what(2), '--dry-run']) == 0 and capsys.readouterr().out.count('1 of 1 done') == 2
+    assert sweep.main([*what(2), '--dry-run']) == 0 and '2 of 2 done' in capsys.readouterr().out
 
 
 def test_a_failing_run_does_not_stop_the_others(results):
@@ -65,3 +66,14 @@ def test_a_failing_run_does_not_stop_the_others(results):
     done = program('rlhf_flant5.sweep', '--readouts', 'decoder_output', '--seeds', '1', '--transformer', 'trained', '--no-baselines', 'experiment=toy', 'desc=f', 'training.optimizer.init_lr=1e30,1e-4', 'training.optimizer.max_grad_norm=null',
                    'training.optimizer.n_warmup_batches=0', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=3', 'sim_man.allow_untracked=true')
     assert done.returncode == 2 and 'failed with 2: error: ' in done.stdout and '[1/2]' in done.stdout, done.stdout + done.stderr
+
+
+def test_sigterm_ends_the_runs_of_a_sweep(results):
+    "Ended by a scheduler, a sweep takes its run along: the checkpoint is written, and nothing is left that works on."
+    sweep_ = subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.sweep', '--readouts', 'layerwise_attention', '--seeds', '1', '--transformer', 'trained', '--no-baselines', 'experiment=toy', 'desc=k', 'training.loop.n_epochs=99', 'sim_man.allow_untracked=true'],
+                              env=os.environ | {'PYTHONPATH': str(root)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder, end = results/'Reward-Model-Training'/'desc-k-trained-layerwise_attention-1,index-0', time.monotonic() + 120
+    while not [*folder.glob('simulation/checkpoints/batch-*')] and time.monotonic() < end: time.sleep(.2)
+    sweep_.terminate(); out, err = sweep_.communicate(timeout=120)
+    assert sweep_.returncode == 75 and 'the same command goes on' in err, out + err
+    with hold(folder): assert json.loads((folder/'data'/'provenance.json').read_text())['status'] == 'interrupted'       # its lock is free
