@@ -68,5 +68,5 @@ $(READY): requirements.lock requirements-cuda.lock requirements-cpu.lock setting
 	@cpu=$$(sed -n 's/^torch==\([^ ]*\).*/\1/p' requirements-cpu.lock); \
 	$(RUN) pip index versions --disable-pip-version-check torch 2>/dev/null | tr -s ', ' '\n\n' | grep -xF "$$cpu" >/dev/null && build=cpu || build=cuda; \
 	$(RUN) $(HASHED) -r requirements.lock -r requirements-$$build.lock
-	@$(RUN) pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(RUN) pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
