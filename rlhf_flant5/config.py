@@ -60,7 +60,7 @@ class ModelConfig:
     transformer_name: str              # a model id of the hub, a local folder, or `toy`
     train_transformer: bool            # train end to end, or only the readout
     use_pretrained_output: bool        # frozen transformer: compute its states once, keep them on disk and train on them
-    kept_dtype: str                    # how they are kept: float16 or float32
+    kept_dtype: str                    # how those to train on are kept: float16 or float32; those of validation and test are float32
     dropout: Optional[float]           # dropout rate in the transformer; null: the checkpoint's own
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
     attention: str                     # by_text, padded, fused, flex, or auto: the fastest for device and lengths

@@ -86,24 +86,29 @@ def ahead(items, # an iterable of micro-batches, or of steps
             coming = pool.submit(fetch); yield got[0]
 
 # %% ../nbs/33_loop.ipynb #82ace297
-def _rewards(models, m, batches, accelerator, share) -> torch.Tensor: # (models, 2, pairs)
+def _rewards(models, m, batches, accelerator, share, autocast) -> torch.Tensor: # (models, 2, pairs)
     try:
-        with accelerator.autocast(): shared = share(m); return torch.stack([model(**shared.inputs).float().view(2, -1)[:, :len(m)] for model in models])
+        with autocast():
+            shared = share(m)
+            return torch.stack([model(**shared.inputs).float().view(2, -1)[:, :len(m)] for model in models])
     except RuntimeError as e:
         if not should_reduce_batch_size(e) or len(m) < 2 or isinstance(models[0], FSDPModule): raise
     clear_device_cache()
-    return torch.cat([_rewards(models, batches.micro_batch(rows).to(accelerator.device), batches, accelerator, share) for rows in np.array_split(m.rows, 2)], 2)
+    halves = [batches.micro_batch(rows).to(accelerator.device) for rows in np.array_split(m.rows, 2)]
+    return torch.cat([_rewards(models, half, batches, accelerator, share, autocast) for half in halves], 2)
 
-def evaluate_all(models:list, batches:PairBatches, accelerator, 
+def evaluate_all(models:list, batches:PairBatches, accelerator,
                  share:Callable=lambda m: m,         # micro-batch -> micro-batch that all models read
-                 check:Callable=lambda: None         # called after each micro-batch
+                 check:Callable=lambda: None,        # called after each micro-batch
+                 autocast:Callable|None=None         # context of a pass; None: the accelerator's precision; `nullcontext`: float32
                 ) -> np.ndarray: # rewards of chosen and rejected, in the order of the pairs, (models, 2, pairs)
     "Rewards of every pair, once, by each of the models; every process gets all of them."
     for model in models: model.eval()
     out = np.zeros((len(models), 2, len(batches)), dtype=np.float32)
     with torch.no_grad():
         for m in ahead(batches.once(), accelerator.device):
-            out[:, :, m.rows] = _rewards(models, m, batches, accelerator, share).cpu().numpy()
+            rewards = _rewards(models, m, batches, accelerator, share, autocast or accelerator.autocast)
+            out[:, :, m.rows] = rewards.cpu().numpy()
             check()
     return summed(out, accelerator.device)
 

@@ -6,10 +6,10 @@
 __all__ = ['log', 'ENOUGH_TOKENS', 'COMPILE_SAVES', 'COMPILE_WARMUP', 'REQUEUE', 'load_data', 'load_transformer', 'model_class',
            'keeps_states', 'build_backbone', 'build_model', 'saved_bytes', 'free_memory', 'find_token_budget',
            'token_batches', 'kept_batches', 'precision_name', 'warn_of_states', 'make_optimizer', 'matmul_rate',
-           'compile_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted', 'peak_memory',
-           'keep_texts', 'rewarded', 'final_scores', 'SharedPass', 'prepare', 'make_loop', 'check_room', 'as_decided',
-           'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish', 'open_runs', 'train_together', 'train',
-           'sweep', 'side_by_side', 'main']
+           'compile_pays', 'run_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted',
+           'peak_memory', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores', 'SharedPass', 'prepare',
+           'make_loop', 'check_room', 'as_decided', 'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish',
+           'open_runs', 'train_together', 'train', 'sweep', 'side_by_side', 'main']
 
 # %% ../nbs/34_train.ipynb #4c8b58b6
 import argparse, copy, gzip, itertools, json, logging, math, os, pydoc, re, resource, shutil, signal, subprocess, sys, threading, time, warnings
@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 import datasets, psutil, torch
+import numpy as np
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -137,8 +138,10 @@ def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairB
 # %% ../nbs/34_train.ipynb #5e94f8f8
 def kept_batches(cfg, model, batches, accelerator) -> dict[str, FeatureBatches]:
     "Batches of states, computed in one pass of the frozen backbone or found on disk. Takes an unread decoder off the model."
-    keep = lambda b: keep_states(model.backbone, b, dtype=cfg.model.kept_dtype, autocast=accelerator.autocast, precision=precision_name(accelerator))
-    kept = {k: FeatureBatches(kept_features(model, keep(b)), b) for k, b in batches.items()}
+    trained_on = dict(dtype=cfg.model.kept_dtype, autocast=accelerator.autocast, precision=precision_name(accelerator))
+    judged_by = dict(dtype='float32')         # in float32, so that the scores are those of the saved model
+    entries = {k: keep_states(model.backbone, b, **(trained_on if k == 'train' else judged_by)) for k, b in batches.items()}
+    kept = {k: FeatureBatches(kept_features(model, entries[k]), b) for k, b in batches.items()}
     if not model.reads_decoder: model.backbone = without_decoder(model.backbone)
     return kept
 
@@ -174,18 +177,24 @@ def compile_pays(n_operations:float, # of the whole run
                 ) -> bool:
     return saves * n_operations / (.6 * rate) > COMPILE_WARMUP       # a step reaches some 60% of the product's rate
 
+def run_pays(cfg, model, train:PairBatches, device, precision:str) -> bool:
+    "Whether compiling pays for a run; never where its saving is not known, as on Apple's MPS."
+    saves = COMPILE_SAVES.get((device.type, precision))
+    if saves is None: return False
+    n_weights = sum(p.numel() for n, p in model.backbone.named_parameters() if '.block.' in n)
+    share = min(cfg.training.loop.n_batches/train.n_steps or cfg.training.loop.n_epochs, cfg.training.loop.n_epochs)
+    n_operations = (6 if model.backbone.trained else 2) * n_weights * share * int(train.tokens.sum()) / n_processes()
+    rate = matmul_rate(device, torch.bfloat16 if precision == 'bf16' else torch.float32)
+    pays = compile_pays(n_operations, rate, saves)
+    if pays: log.info(f'compiling: the run takes about {n_operations/.6/rate/60:,.0f} minutes without, the warm-up half a minute')
+    return pays
+
 def compile_if_it_pays(cfg, model, train:PairBatches, accelerator) -> bool:
     "`training.compile`, decided and told."
-    want, device, precision = cfg.training.compile, accelerator.device, precision_name(accelerator)
-    if want == 'auto' and (device, precision) != ('mps', 'fp32'):
-        n_weights = sum(p.numel() for n, p in model.backbone.named_parameters() if '.block.' in n)
-        share = min(cfg.training.loop.n_batches/train.n_steps or cfg.training.loop.n_epochs, cfg.training.loop.n_epochs)
-        n_operations = (6 if model.backbone.trained else 2) * n_weights * share * int(train.tokens.sum()) / n_processes()
-        rate = matmul_rate(device, torch.bfloat16 if precision == 'bf16' else torch.float32)
-        want = on_first(lambda: compile_pays(n_operations, rate, COMPILE_SAVES.get((device.type, precision), 0)))
-        if want: log.info(f'compiling: the run takes about {n_operations/.6/rate/60:,.0f} minutes without, the warm-up half a minute')
+    want = cfg.training.compile
+    if want == 'auto': want = on_first(lambda: run_pays(cfg, model, train, accelerator.device, precision_name(accelerator)))
     if want: model.backbone.compile_blocks()
-    return want is True
+    return want
 
 # %% ../nbs/34_train.ipynb #cdfa0ddf
 class Saver:
@@ -241,13 +250,21 @@ def rewarded(pairs, chosen, rejected): # one row a pair
     return pair_table(pairs['id'][:], pairs['subset'][:], chosen, rejected, [*map(len, a)], [*map(len, b)], [*map(n_shared, a, b)])
 
 # %% ../nbs/34_train.ipynb #8dd7e1bb
+def final_rewards(loops, batches, share) -> np.ndarray: # (loops, 2, pairs)
+    "Rewards of the best models as the saved ones give them: in float32, by plain modules, not compiled. All processes must call it."
+    # subtle: Accelerate's wrapper of a shared model would compute in the run's precision
+    models = [l.accelerator.unwrap_model(l.model, keep_fp32_wrapper=False) for l in loops]
+    with torch.compiler.set_stance('force_eager'):
+        return evaluate_all(models, batches, loops[0].accelerator, share, autocast=nullcontext)
+
 def final_scores(runs, loops, batches, splits, share) -> list[dict]: # of each run {baselines, validation, temperature, test}
     "Score the best models on validation and test, with a temperature from validation; a row for each pair in `results/`."
     for l in loops: l.load_best()
+    log.info('scores of the best model, in float32 as `score` computes them:')
     test = splits['test']; rules = {name: pair_scores(f(test['chosen'][:]), f(test['rejected'][:]), test['subset'][:]) for name, f in BASELINES.items()}
     scores = [dict(baselines=rules) for _ in runs]
     for split in ('validation', 'test'):
-        rewards = evaluate_all([l.model for l in loops], batches[split], loops[0].accelerator, share)
+        rewards = final_rewards(loops, batches[split], share)
         for run, l, own, (c, r) in zip(runs, loops, scores, rewards):
             own[split] = pair_scores(c, r, batches[split].subsets) | dict(calibration_error=calibration_error(c, r))
             if split == 'validation': own['temperature'] = fit_temperature(margins(c, r))

@@ -66,6 +66,11 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
+def summary_of(run):
+    "What a finished run says of itself."
+    return json.loads((run/'results'/'summary.json').read_text(encoding='utf-8'))
+
+
 short = ['training.loop.n_batches=2', 'training.loop.train_batch_size=8', 'device_name=cpu', 'sim_man.allow_untracked=true']
 
 

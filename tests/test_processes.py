@@ -1,13 +1,13 @@
 "Several processes: the same training, exact evaluation, one that fails or dies, states computed together."
-import json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, time
+import gzip, json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest, torch
 from rlhf_flant5 import features, loop
 from rlhf_flant5.config import ConfigError
-from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.processes import launch, rank
 from rlhf_flant5.runs import Run, find_runs
+from rlhf_flant5.score import RewardModel
 from rlhf_flant5.train import main
 from conftest import program
 from test_survive import where
@@ -78,6 +78,17 @@ def test_same_training(tmp_path, run, settings, alone, n, strategy):
     from rlhf_flant5.data import encode, pad_ids, read_rows
     pairs = find_pairs(settings); texts = [pairs[i][side] for i in (0, 7) for side in ('chosen', 'rejected')]
     assert np.allclose(model(**pad_ids(encode(model.tokenizer, texts), 0)).tolist(), rewards(tmp_path)[[0, 7]].flatten(), atol=1e-5)
+
+
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_rewards_of_the_saved_model(tmp_path, run, settings, strategy):
+    "Trained in bf16 by two processes: the tables hold what the saved model gives in float32, in one."
+    code, said = run(tmp_path, [*settings, 'training.precision=bf16', f'distributed.strategy={strategy}'], 2); assert code == 0, said[-2000:]
+    folder = find_runs(tmp_path/'results')[0]
+    rows = [json.loads(l) for l in gzip.open(folder/'data'/'test_texts.jsonl.gz', 'rt', encoding='utf-8')]
+    given = RewardModel.from_pretrained(folder/'simulation'/'best_model').score([r[side] for r in rows for side in ('chosen', 'rejected')])
+    assert summary(tmp_path)['precision'] == 'bf16' and given.std() > 1e-3
+    assert abs(given - rewards(tmp_path).flatten()).max() < 1e-5
 
 
 def find_pairs(settings):
