@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'StepResult', 'train_step', 'n_due', 'is_due', 'ahead', 'evaluate_all', 'evaluate', 'learning_rate',
            'TensorBoard', 'History', 'as_scalars', 'as_histograms', 'StopFlag', 'LoopState', 'rng_state',
-           'put_rng_state', 'CannotSave', 'saving', 'digests', 'publish', 'damage', 'save_weights', 'load_weights',
+           'put_rng_state', 'CannotSave', 'saving', 'digests', 'seal', 'damage', 'save_weights', 'load_weights',
            'TrainingLoop', 'Recent', 'resume_loops', 'OutOfMemory', 'halve_budget', 'run_loops']
 
 # %% ../nbs/33_loop.ipynb #bede749b
-import errno, hashlib, json, logging, math, os, random, re, shutil, signal, tempfile, threading, time
+import errno, hashlib, json, logging, math, os, random, re, shutil, signal, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -28,7 +28,9 @@ from tqdm.auto import tqdm
 from .config import ConfigError
 from .data import MicroBatch, PairBatches, Step, first_line
 from .metrics import pair_scores, score_rows, show_scores
+from .models.base import new_folder, sync_path
 from .processes import collected, highest, is_first, lost_processes, moments_of, n_processes, on_first, put_moments, put_weights, rank, summed, unsynced, weights_of
+from .runs import remove_leftovers, write_file
 
 # %% ../nbs/33_loop.ipynb #a4551f48
 class NonFiniteLoss(RuntimeError):
@@ -122,15 +124,26 @@ def learning_rate(opt,        # init_lr, final_lr, n_warmup_batches
     return opt.init_lr * decay * min(1, (n + 1)/max(opt.n_warmup_batches, 1))
 
 # %% ../nbs/33_loop.ipynb #65b0110a
+def _say_once(args, others=threading.excepthook):
+    if type(args.thread).__name__ != '_AsyncWriterThread': others(args)     # TensorBoard's: the writer's next call raises it
+
 class TensorBoard:
-    "Scalars and histograms for TensorBoard."
-    def __init__(self, folder:Path): self.folder, self.writer = str(folder), SummaryWriter(str(folder))
+    "Scalars and histograms for TensorBoard. Raises `CannotSave` where the disk refuses."
+    def __init__(self, folder:Path):
+        self.folder, threading.excepthook = str(folder), _say_once
+        self._open()
+    def _open(self, **how):
+        with saving(self.folder): self.writer = SummaryWriter(self.folder, **how)
     def __call__(self, n:int, scalars:dict, arrays:dict={}):
         for k, v in scalars.items(): self.writer.add_scalar(k, v, n)
         for k, v in arrays.items(): self.writer.add_histogram(k, v, n)
-    def text(self, name:str, text:str): self.writer.add_text(name, text)
-    def rewind(self, n:int): self.writer.close(); self.writer = SummaryWriter(self.folder, purge_step=n + 1)
-    def close(self): self.writer.close()
+    def text(self, name:str, text:str):
+        with saving(self.folder): self.writer.add_text(name, text)
+    def rewind(self, n:int):
+        self.close()
+        self._open(purge_step=n + 1)
+    def close(self):
+        with saving(self.folder): self.writer.close()
 
 class History:
     "One JSON line a call, appended and flushed; `keep` begins the names of what is written."
@@ -138,9 +151,12 @@ class History:
     def __call__(self, n:int, scalars:dict, arrays:dict={}):
         kept = {k: v for k, v in scalars.items() if k.startswith(self.keep)}
         if kept:
-            with open(self.path, 'a') as f: f.write(json.dumps(dict(batch=n) | kept) + '\n')
-    def rewind(self, n:int): # subtle: the last line of a killed run may be cut off
-        if self.path.exists(): self.path.write_text(''.join(l for l in self.path.read_text().splitlines(True) if l.endswith('}\n') and json.loads(l)['batch'] <= n))
+            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(dict(batch=n) | kept) + '\n')
+    def rewind(self, n:int):
+        if not self.path.exists(): return
+        lines = self.path.read_text(encoding='utf-8').splitlines(True)
+        whole = [l for l in lines if l.endswith('}\n')]     # subtle: the last line of a killed run may be cut off
+        write_file(self.path, ''.join(l for l in whole if json.loads(l)['batch'] <= n))
     def close(self): pass
 
 # %% ../nbs/33_loop.ipynb #3791279e
@@ -213,23 +229,15 @@ def digests(folder:Path) -> dict[str, str]: # file -> SHA-256
         with open(f, 'rb') as opened: return hashlib.file_digest(opened, 'sha256').hexdigest()
     return {str(f.relative_to(folder)): sha(f) if not f.is_symlink() else 'a link' for f in sorted(folder.rglob('*')) if not f.is_dir() and f.name != 'digests.json'}
 
-def _sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def publish(new:Path, final:Path):
-    "Seal a folder and give it its name, in one step."
-    (new/'digests.json').write_text(json.dumps(digests(new), indent=1)); new.chmod(0o755)
-    for p in (*new.rglob('*'), new): _sync(p)
-    if final.exists(): os.rename(final, old := Path(tempfile.mkdtemp(prefix='.old-', dir=final.parent))/'old')
-    os.rename(new, final); _sync(final.parent)
-    for left in final.parent.glob('.old-*'): shutil.rmtree(left)
+def seal(folder:Path):
+    "Write the digests of a folder's files, and flush all to the disk."
+    (folder/'digests.json').write_text(json.dumps(digests(folder), indent=1), encoding='utf-8')
+    for p in (*folder.rglob('*'), folder): sync_path(p)
 
 # %% ../nbs/33_loop.ipynb #ba9af203
 def damage(folder:Path) -> str: # what is wrong with it; empty: nothing
     "Compare a sealed folder with its digests."
-    try: want = json.loads((folder/'digests.json').read_text())
+    try: want = json.loads((folder/'digests.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return 'digests.json is missing or damaged'
     if not isinstance(want, dict): return 'digests.json is damaged'
     have = digests(folder)
@@ -239,8 +247,7 @@ def damage(folder:Path) -> str: # what is wrong with it; empty: nothing
 # %% ../nbs/33_loop.ipynb #5a1b1595
 def save_weights(model, folder:Path, facts:dict, weights:dict):
     "The plainest way to save: `model.safetensors` in a folder."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); save_file(weights, str(folder/'.new'))
-    os.replace(folder/'.new', folder/'model.safetensors')       # subtle: a new file, since a checkpoint may hold a link to the old one
+    with new_folder(folder) as new: save_file(weights, str(new/'model.safetensors'))
 
 def load_weights(folder:Path) -> dict: return load_file(str(Path(folder)/'model.safetensors'))
 
@@ -326,16 +333,15 @@ def _link(src, dst):
 @patch
 def _write(self:TrainingLoop, final, weights, moments, rng):
     root, best = final.parent, self.folder/'best_model'
+    kept = dict(state=asdict(self.state), recent=self.recent.as_json(), rng=rng)
     with saving(final):
-        root.mkdir(parents=True, exist_ok=True)
-        for left in (*root.glob('.new-*'), *root.glob('.old-*')): shutil.rmtree(left)      # of a process that was killed here
-        new = Path(tempfile.mkdtemp(prefix='.new-', dir=root))
-        try:
-            save_file(weights, str(new/'model.safetensors')); save_file(moments, str(new/'optimizer.safetensors'))
-            for name, kept in dict(state=asdict(self.state), recent=self.recent.as_json(), rng=rng).items(): (new/f'{name}.json').write_text(json.dumps(kept))
+        remove_leftovers(root)      # of a process that was killed here
+        with new_folder(final) as new:
+            save_file(weights, str(new/'model.safetensors'))
+            save_file(moments, str(new/'optimizer.safetensors'))
+            for name, obj in kept.items(): (new/f'{name}.json').write_text(json.dumps(obj), encoding='utf-8')
             if self.state.best_batch >= 0: shutil.copytree(best, new/'best', copy_function=_link)
-            publish(new, final)
-        except BaseException: shutil.rmtree(new, ignore_errors=True); raise
+            seal(new)
         for old in sorted(root.glob('batch-*'))[:-self.cfg.n_checkpoints]: shutil.rmtree(old)
 
 # %% ../nbs/33_loop.ipynb #18daba8e
@@ -363,7 +369,7 @@ def load_best(self:TrainingLoop):
 @patch
 def load_checkpoint(self:TrainingLoop, path:Path):
     "Go back to where `checkpoint` was called. All processes must call it; the first one reads."
-    path = Path(path); read = lambda name: json.loads((path/f'{name}.json').read_text())
+    path = Path(path); read = lambda name: json.loads((path/f'{name}.json').read_text(encoding='utf-8'))
     tensors = lambda name: load_file(str(path/f'{name}.safetensors')) if is_first() else {}
     put_weights(self.model, _fitting(self.model, tensors('model')) if is_first() else {}); put_moments(self.model, self.optimizer, tensors('optimizer'))
     state, recent, rng = on_first(lambda: (read('state'), read('recent'), read('rng')))
@@ -384,7 +390,7 @@ def _rewind(self:TrainingLoop, path=None):
 
 # %% ../nbs/33_loop.ipynb #77e444a4
 def _state(path) -> LoopState:
-    try: return LoopState(**json.loads((path/'state.json').read_text()))
+    try: return LoopState(**json.loads((path/'state.json').read_text(encoding='utf-8')))
     except (TypeError, ValueError, RecursionError) as e: raise ConfigError(f'{path}: not a checkpoint of this run ({type(e).__name__}: {first_line(e)}); take another index') from e
 
 def _newest_together(loops) -> list: # a checkpoint of each loop; empty: none yet
