@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'RUN_NAME', 'FREE_TO_CHANGE', 'check_name', 'results_root', 'run_dir', 'make_run_dir', 'git',
            'find_checkout', 'read_source', 'read_machine', 'read_packages', 'write_file', 'plain', 'write_json',
-           'parse_run', 'Run', 'hold', 'open_run', 'flat_settings', 'changed_settings', 'protect', 'unprotect',
-           'find_runs']
+           'remove_leftovers', 'parse_run', 'Run', 'hold', 'open_run', 'flat_settings', 'changed_settings', 'LogFile',
+           'protect', 'unprotect', 'find_runs']
 
 # %% ../nbs/32_runs.ipynb #ebe4d864
 import json, logging, math, os, platform, re, reprlib, shlex, shutil, subprocess, sys, time
@@ -125,7 +125,7 @@ def read_source(
 def read_machine(
 )->dict: # JSON-ready; memory in bytes
     "The machine: system, processor, memory, GPUs (if torch is loaded)."
-    info = Path('/proc/cpuinfo').read_text() if os.path.exists('/proc/cpuinfo') else ''
+    info = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace') if os.path.exists('/proc/cpuinfo') else ''
     cpu = re.search(r'^model name\s*:\s*(.+)$', info, re.M)
     torch = sys.modules.get('torch')
     gpus = range(torch.cuda.device_count()) if torch else []
@@ -142,12 +142,19 @@ def read_packages(
 _log = logging.getLogger('rlhf_flant5.runs')
 
 def write_file(path:Path, data:bytes|str):
-    "Write `data` to `path` in one step: whoever reads sees the old file or the whole new one."
+    "Write `data` to `path` in one step: whoever reads sees the old file or the whole new one. An `OSError` names `path`."
     part = path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(part, 'wb') as f:
-        f.write(data if isinstance(data, bytes) else data.encode('utf-8', 'surrogateescape'))
-        f.flush(); os.fsync(f.fileno())
-    os.replace(part, path)
+    data = data if isinstance(data, bytes) else data.encode('utf-8', 'surrogateescape')
+    try:
+        with open(part, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as e:
+        with suppress(OSError): part.unlink(missing_ok=True)
+        if isinstance(e, OSError): e.filename = str(path)
+        raise
 
 def plain(
     obj,         # dicts, lists, texts, paths, numbers, NumPy or torch scalars
@@ -164,6 +171,19 @@ def plain(
 def write_json(path:Path, obj):
     "Write `obj` as strict JSON, whole or not at all."
     write_file(path, json.dumps(plain(obj, path.name), indent=1, allow_nan=False) + '\n')
+
+# %% ../nbs/32_runs.ipynb #88b2ae28
+def remove_leftovers(
+    folder:Path # no other process writes here
+):
+    "Remove what a killed process left half-written below `folder`; a folder that was put aside for one that never came is put back."
+    for p in sorted(folder.rglob('.*')):
+        if re.fullmatch(r'\..+\.\d+', p.name) and p.is_file(): p.unlink()
+        if not (re.match(r'\.(new|old)-', p.name) and p.is_dir()): continue
+        if p.name.startswith('.old-'):
+            for kept in p.iterdir():
+                if not (p.parent/kept.name).exists(): os.rename(kept, p.parent/kept.name)
+        shutil.rmtree(p)
 
 # %% ../nbs/32_runs.ipynb #831b5f32
 RUN_NAME = re.compile(r'desc-([^,]+),index-([^,]+)')
@@ -189,7 +209,7 @@ class Run:
     @property
     def provenance(self)->dict:
         "Where the run comes from and how it ended."
-        return json.loads((self.data/'provenance.json').read_text())
+        return json.loads((self.data/'provenance.json').read_text(encoding='utf-8'))
 
     def note(self, **entries):
         "Add to the provenance."
@@ -231,6 +251,7 @@ def open_run(
     run = Run(path); run.lock = hold(path)
     if (run.data/'provenance.json').exists(): return run.go_on(config_yaml, command, source, diff)
     for f in FOLDERS: (path/f).mkdir(exist_ok=True)
+    remove_leftovers(path)
     write_file(run.data/'config.yaml', config_yaml)
     write_file(run.data/'command.txt', shlex.join(map(str, command)) + '\n')
     write_file(run.data/'changes.diff', diff)
@@ -259,7 +280,7 @@ def changed_settings(
 @patch
 def check_settings(self:Run, config_yaml:str):
     "Raise `ConfigError` for settings that are not those that the run began with, by name."
-    changed = changed_settings((self.data/'config.yaml').read_text(), config_yaml)
+    changed = changed_settings((self.data/'config.yaml').read_text(encoding='utf-8'), config_yaml)
     if changed: raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{f" and {len(changed) - 3} more" if len(changed) > 3 else ""}: a run goes on with the settings that it began with; take the same, or another index')
 
 @patch
@@ -270,6 +291,7 @@ def go_on(self:Run, config_yaml, command, source, diff) -> Run:
     old = self.provenance; self.resumed, self.done = True, old['status'] == 'done'
     if self.done: self.lock.release(); return self
     for d in self.data, self.logs, self.simulation: unprotect(d)
+    remove_leftovers(self.dir)
     k = len(old['resumed']) + 1
     if (source['commit'], diff) != (old['source']['commit'], (self.data/'changes.diff').read_bytes()):
         _log.warning(f'the code has changed since the run began (commit {old["source"]["commit"]}, now {source["commit"]}); its diff is kept in {self.data.name}/changes-{k}.diff')
@@ -278,47 +300,69 @@ def go_on(self:Run, config_yaml, command, source, diff) -> Run:
     return self
 
 # %% ../nbs/32_runs.ipynb #a0350b99
+class LogFile(logging.FileHandler):
+    "A run's log: what this package says, and the warnings of others. Raises `OSError` where the disk refuses."
+    def __init__(self, path:Path):
+        super().__init__(path, encoding='utf-8', errors='backslashreplace')
+        self.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
+        self.addFilter(lambda r: r.name.split('.')[0] == 'rlhf_flant5' or r.levelno >= logging.WARNING)
+
+    def handleError(self, record):
+        error = sys.exception()
+        if not isinstance(error, OSError): return super().handleError(record)
+        error.filename = self.baseFilename
+        raise error
+
 @patch
 def __enter__(self:Run):
-    self._start, root = time.monotonic(), logging.getLogger()
-    self._level, self._handler = root.level, logging.FileHandler(self.logs/'train.log', encoding='utf-8', errors='backslashreplace')
-    self._handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
-    root.addHandler(self._handler)
-    root.setLevel(min(root.level, logging.INFO))
+    self._start, ours = time.monotonic(), logging.getLogger('rlhf_flant5')
+    self._level, self._handler = ours.level, LogFile(self.logs/'train.log')
+    logging.getLogger().addHandler(self._handler)
+    ours.setLevel(min(ours.level or logging.INFO, logging.INFO))
     return self
 
 # %% ../nbs/32_runs.ipynb #d2cdfbf4
 def _tree(path): return [p for p in (Path(path), *Path(path).rglob('*')) if not p.is_symlink()]
 
 def protect(path:str|Path):
-    "Take away the right to write, for everybody, from all below `path` and itself."
-    for p in _tree(path): p.chmod(p.stat().st_mode & 0o7555)
+    "Take away the right to write, for everybody, from all files below `path`."
+    for p in _tree(path):
+        if p.is_file(): p.chmod(p.stat().st_mode & 0o7555)
 
 def unprotect(path:str|Path):
-    "Give the owner the right to write back: before a run is deleted or continued."
+    "Give the owner the right to write back to all below `path` and itself: before a run is continued."
     for p in _tree(path): p.chmod(p.stat().st_mode & 0o7777 | 0o200)
 
 # %% ../nbs/32_runs.ipynb #15b9e1bc
 @patch
-def __exit__(self:Run, kind, error, tb):
+def _note_end(self:Run, kind, error, tb):
+    "The way a run ended, in its log and its provenance."
     status = 'done' if error is None else 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed'
     line = None if error is None else f'{kind.__name__}: {error}'.splitlines()[0].removesuffix(': ')
-    try:
-        if error is not None: # to the file alone: what the terminal shows is the program's matter
+    if error is not None: # to the file alone: what the terminal shows is the program's matter
+        with suppress(OSError):
             self._handler.handle(logging.makeLogRecord(dict(name=_log.name, levelno=40, levelname='ERROR', msg=status, exc_info=(kind, error, tb))))
-        self.note(status=status, error=line, ended=_now(), seconds=round(time.monotonic() - self._start, 1))
-    except OSError: # subtle: a disk that refuses must not hide what went wrong before
-        if error is None: raise
+    self.note(status=status, error=line, ended=_now(), seconds=round(time.monotonic() - self._start, 1))
+
+@patch
+def _close(self:Run):
+    "Close the log, give the lock back, protect the record."
+    logging.getLogger().removeHandler(self._handler)
+    logging.getLogger('rlhf_flant5').setLevel(self._level)
+    try: self._handler.close()
     finally:
-        logging.getLogger().removeHandler(self._handler)
-        logging.getLogger().setLevel(self._level)
-        self._handler.close()
         if self.lock: self.lock.release()
-        empty = not self.resumed and not any(p.is_file() for d in (self.simulation, self.results) for p in d.rglob('*'))
-        if isinstance(error, ConfigError) and empty: shutil.rmtree(self.dir)
-        else:
-            with suppress(OSError) if error else nullcontext():
-                for d in self.data, self.logs, self.simulation: protect(d)
+        for d in self.data, self.logs, self.simulation: protect(d)
+
+@patch
+def __exit__(self:Run, kind, error, tb):
+    quietly = suppress(OSError) if error else nullcontext()  # subtle: a disk that refuses must not hide what went wrong before
+    try:
+        with quietly: self._note_end(kind, error, tb)
+    finally:
+        with quietly: self._close()
+    empty = not self.resumed and not any(p.is_file() for d in (self.simulation, self.results) for p in d.rglob('*'))
+    if isinstance(error, ConfigError) and empty: shutil.rmtree(self.dir)
 
 # %% ../nbs/32_runs.ipynb #248cd946
 def find_runs(

@@ -7,7 +7,7 @@ __all__ = ['CHAT_TEMPLATE', 'RunFacts', 'read_facts', 'accuracy_table', 'model_c
            'Pipeline', 'rewardbench_entry', 'export_backbone', 'main']
 
 # %% ../nbs/53_share.ipynb #058814e6
-import argparse, json, math, os, re, shlex, sys, tempfile
+import argparse, json, math, os, re, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from .config import ConfigError, markdown_table
 from .data import TOKENIZER_FILES, check_row, first_line, read_bytes, read_json, read_rows
 from .explore import BASELINES
 from .metrics import calibration, pair_scores, read_pair_table
-from .models.base import check_saved
+from .models.base import check_saved, new_folder
 from .score import RewardModel, dialogue, load_model
 
 # %% ../nbs/53_share.ipynb #6255a9e1
@@ -215,10 +215,10 @@ def export_backbone(name:str,  # a saved reward model
     out = Path(out)
     if os.path.lexists(out): raise ConfigError(f'{out}: exists; name a new folder')
     model = RewardModel.from_pretrained(name); _merge(model.backbone.transformer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.new-', dir=out.parent) as d:      # so that what was cut short is not taken for a model
-        new = Path(d)/'t5'; model.backbone.transformer.save_pretrained(new)
-        model.tokenizer.chat_template = CHAT_TEMPLATE; model.tokenizer.save_pretrained(new); os.rename(new, out)
+    model.tokenizer.chat_template = CHAT_TEMPLATE
+    with new_folder(out) as new:
+        model.backbone.transformer.save_pretrained(new)
+        model.tokenizer.save_pretrained(new)
 
 # %% ../nbs/53_share.ipynb #f5dffcc4
 def _parser():

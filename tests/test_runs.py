@@ -1,5 +1,6 @@
 "`rlhf_flant5.runs` where a cell can't go: hostile git settings, other installations, kills, and names at random."
-import json, os, signal, stat, subprocess, sys, time
+import json, logging, os, resource, shutil, signal, stat, subprocess, sys, tempfile, time
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -122,20 +123,78 @@ def test_protection(root, tmp_path):
         (run.simulation/'deep'/'er'/'file').touch()
     writable = lambda p: bool(p.stat().st_mode & 0o222)
     own = [p for d in (run.data, run.logs, run.simulation) for p in (d, *d.rglob('*')) if not p.is_symlink()]
-    assert len(own) >= 11 and not any(map(writable, own)) and writable(run.results)
+    files = [p for p in own if p.is_file()]
+    assert len(files) == 7 and not any(map(writable, files)) and writable(run.results)
     assert writable(alien) and writable(alien/'file')
     runs.unprotect(run.dir)
-    assert all(p.stat().st_mode & 0o222 == 0o200 for p in own if p != run.dir)
+    assert all(p.stat().st_mode & 0o222 == 0o200 for p in files)
+
+
+def test_a_finished_run_is_its_owners(tmp_path):
+    "Everybody may read a finished run, nobody may write its files, and `rm -rf` by its owner removes it; root is not asked"
+    nobody = 65534 if os.geteuid() == 0 else None
+    folder = Path(tempfile.mkdtemp())       # subtle: pytest's folders are closed to other users
+    folder.chmod(0o755)
+    (tmp_path/'__init__.py').touch()
+    old = os.umask(0o022)
+    try:
+        with runs.open_run('p', 1, 'seed: 1', [], root=folder, package_dir=tmp_path) as run: (run.simulation/'model').write_bytes(b'weights')
+    finally: os.umask(old)
+    def shell(command, user): return subprocess.run(['sh', '-c', f'cd {run.dir} && {command}'], user=user, capture_output=True, text=True)
+    assert shell('cat data/config.yaml simulation/model', nobody).stdout == 'seed: 1weights'
+    if nobody:
+        for p in (folder, *folder.rglob('*')): os.chown(p, nobody, -1)
+    assert 'denied' in shell('echo 1 > simulation/model', nobody).stderr.lower()
+    gone = shell(f'rm -rf {run.dir}', nobody)
+    assert (gone.returncode, gone.stderr, run.dir.exists()) == (0, '', False)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def full_disk():
+    "No file of this process may grow, as on a full disk; the kernel refuses."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_refused_file_leaves_nothing(tmp_path):
+    runs.write_file(tmp_path/'record.json', 'old')
+    with full_disk(), pytest.raises(OSError, match='File too large.*record.json'): runs.write_file(tmp_path/'record.json', 'new')
+    assert [p.name for p in tmp_path.iterdir()] == ['record.json'] and (tmp_path/'record.json').read_text() == 'old'
+
+
+def test_a_log_that_cannot_grow(root, tmp_path, capfd):
+    "A full disk is an error of the run, with the file's name; nothing is printed; the run goes on when there is room"
+    (tmp_path/'__init__.py').touch()
+    start = lambda: runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path, resume=True)
+    run = start()
+    with pytest.raises(OSError, match='File too large.*train.log'), full_disk():
+        with run: logging.getLogger('rlhf_flant5.loop').info('step 1')
+    with start() as run: logging.getLogger('rlhf_flant5.loop').info('step 2')
+    assert run.resumed and run.provenance['status'] == 'done' and 'step 2' in (run.logs/'train.log').read_text()
+    assert capfd.readouterr().err == ''
+
+
+def test_whose_words_the_log_keeps(root, tmp_path):
+    "This package's lines and the warnings of other libraries"
+    (tmp_path/'__init__.py').touch()
+    with runs.open_run('words', 1, '', [], root=root, package_dir=tmp_path) as run:
+        for name in 'rlhf_flant5.loop', 'httpx', 'rlhf_flant5_other':
+            logging.getLogger(name).info('info'); logging.getLogger(name).warning('warning')
+    said = [line.split(' ', 2)[2] for line in (run.logs/'train.log').read_text().splitlines()]
+    assert said == ['INFO rlhf_flant5.loop: info', 'WARNING rlhf_flant5.loop: warning', 'WARNING httpx: warning', 'WARNING rlhf_flant5_other: warning']
 
 
 def test_log_is_removed_when_the_record_fails(root, tmp_path, monkeypatch):
-    "The handler goes and the folders are closed even if the outcome can't be written"
-    import logging
+    "The handler goes and the files are closed even if the outcome can't be written"
     (tmp_path/'__init__.py').touch()
     run = runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path)
-    before = logging.getLogger().handlers[:], logging.getLogger().level
+    ours = logging.getLogger('rlhf_flant5')
+    before = logging.getLogger().handlers[:], ours.level
     def full(*args): raise OSError(28, 'No space left on device')
     with pytest.raises(OSError, match='No space left'):
         with run: monkeypatch.setattr(runs, 'write_file', full)
-    assert (logging.getLogger().handlers, logging.getLogger().level) == before
-    assert not run.data.stat().st_mode & 0o222
+    assert (logging.getLogger().handlers, ours.level) == before
+    assert not (run.data/'config.yaml').stat().st_mode & 0o222
