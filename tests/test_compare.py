@@ -64,7 +64,7 @@ def test_sweep_goes_on(results, capsys):
 def test_a_failing_run_does_not_stop_the_others(results):
     "A rate that ends in NaN: its run fails and says so, the other is done."
     done = program('rlhf_flant5.sweep', '--readouts', 'decoder_output', '--seeds', '1', '--transformer', 'trained', '--no-baselines', 'experiment=toy', 'desc=f', 'training.optimizer.init_lr=1e30,1e-4', 'training.optimizer.max_grad_norm=null',
-                   'training.optimizer.n_warmup_batches=0', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=3', 'sim_man.allow_untracked=true')
+                   'training.optimizer.warmup=0', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=3', 'sim_man.allow_untracked=true')
     assert done.returncode == 2 and 'failed with 2: error: ' in done.stdout and '[1/2]' in done.stdout, done.stdout + done.stderr
 
 
