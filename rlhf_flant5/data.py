@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_BLANK', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'turns', 'first_human_turn', 'check_row', 'try_rows',
-           'read_rows', 'data_file', 'read_pairs', 'resolve_folder', 'pairs_folder', 'split_validation', 'draw',
-           'first_line', 'read_bytes', 'read_json', 'read_tokenizer', 'load_tokenizer', 'encode', 'tokenize_pairs',
-           'prepare_splits', 'counts_line', 'fingerprint', 'n_shared', 'epoch_order', 'cut_by_budget', 'MicroBatch',
-           'pad_ids', 'deal', 'PairBatches', 'Step']
+           'read_rows', 'data_file', 'read_pairs', 'resolve_folder', 'pairs_folder', 'conversation_keys',
+           'split_validation', 'draw', 'first_line', 'read_bytes', 'read_json', 'read_tokenizer', 'load_tokenizer',
+           'encode', 'tokenize_pairs', 'prepare_splits', 'counts_line', 'fingerprint', 'n_shared', 'epoch_order',
+           'cut_by_budget', 'MicroBatch', 'pad_ids', 'deal', 'PairBatches', 'Step']
 
 # %% ../nbs/01_data.ipynb #64ca8eca
 import gzip, hashlib, json, os, re, reprlib, tempfile, zlib
@@ -191,13 +191,20 @@ def pairs_folder(name:str,          # `data.name`
     return resolve_folder(name, 'data.name', needed, needed, 'dataset')
 
 # %% ../nbs/01_data.ipynb #0df470d8
+def conversation_keys(texts:list[str] # dialogues as HH-RLHF stores them, such as the chosen ones
+                     ) -> np.ndarray: # of each its conversation's name, (n,)
+    "Which conversation each text belongs to: its first human turn."
+    keys = np.empty(len(texts), dtype=object)
+    keys[:] = [first_human_turn(t) for t in texts]
+    return keys
+
 def split_validation(pairs:Dataset,
                      val_fraction:float, # share of the conversations that validate
                      seed:int
                     ) -> tuple[Dataset, Dataset]: # train, validation
     "Split by conversation: pairs with the same first human turn stay together."
-    def u(text): return int.from_bytes(hashlib.sha256(f'{seed}\n{first_human_turn(text)}'.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
-    val = np.array([u(t) < val_fraction for t in pairs['chosen'][:]], dtype=bool)
+    def u(key): return int.from_bytes(hashlib.sha256(f'{seed}\n{key}'.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
+    val = np.array([u(key) < val_fraction for key in conversation_keys(pairs['chosen'][:])], dtype=bool)
     return pairs.select(np.flatnonzero(~val)), pairs.select(np.flatnonzero(val))
 
 # %% ../nbs/01_data.ipynb #c964a974
