@@ -250,7 +250,7 @@ def _routes(app, model, limits, temperature):
 # %% ../nbs/52_serve.ipynb #7a48cc54
 def _parser():
     p = argparse.ArgumentParser(prog='python -m rlhf_flant5.serve', description='Rewards over HTTP: POST /score, POST /compare, GET /health, GET /docs.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('model', help='the best_model folder of a run, or a model id of the hub')
+    p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; another than the loopback lets others in, without a password')
     p.add_argument('--port', type=int, default=8000, help='0: a free one')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps; the best there is if none is named')
