@@ -84,13 +84,14 @@ class FullPooledModelConfig(ModelConfig):
 # %% ../nbs/00_config.ipynb #485fc321
 @dataclass
 class OptimizerConfig:
-    "The optimizer; its rate decays per epoch, exponentially, from `init_lr` to `final_lr`."
+    "The optimizer and its rate, which goes from `init_lr` to `final_lr` by a schedule (nbs/33_loop.ipynb has the formulas)."
     type: str                          # Adam or AdamW
-    init_lr: float                     # rate of the first epoch
-    final_lr: float                    # rate of the last epoch
+    init_lr: float                     # rate at the beginning, after the warm-up
+    final_lr: float                    # rate of the last batch
+    schedule: str                      # epochs: exponential, once an epoch; steps: exponential, each batch; linear; cosine; constant: stays at init_lr
+    warmup: Any                        # linear warm-up over so many batches, or, below 1, over this share of the run
     weight_decay: float
     max_grad_norm: Optional[float]     # clip the gradient to this norm; null: never
-    n_warmup_batches: int              # linear warm-up over so many batches
 
 @dataclass
 class IntervalConfig:
@@ -98,6 +99,7 @@ class IntervalConfig:
     interval_val: int                  # so many times an epoch, or every so many epochs or batches
     interval_type: str                 # per-epoch, epochs, batches or never
     max_n_intervals: int               # at most so many times; -1: no bound
+    min_batches: int                   # per-epoch only: never more often than every so many batches; 0: no floor
 
 # %% ../nbs/00_config.ipynb #1539a302
 @dataclass
@@ -112,9 +114,9 @@ class LoopConfig:
     "The training loop. Batch sizes are in pairs."
     train_batch_size: int              # pairs in one optimizer step, over all processes
     val_batch_size: int                # at most so many pairs at once in validation
-    n_val_data: int                    # at most so many validation pairs
+    n_val_data: int                    # at most so many validation pairs; 8,196 is the original program's value
     n_epochs: int
-    n_batches: int                     # end after so many batches; 0: n_epochs decides
+    n_batches: int                     # end after so many batches, before the last of n_epochs or beyond it; 0: n_epochs decides
     max_non_optim_vals: int            # stop after so many validations without a lower loss
     n_checkpoints: int                 # keep the last so many
     intervals: IntervalsConfig
@@ -212,6 +214,7 @@ def _check_names(overrides):
 def _one_of(*words): return (lambda v: v in words), 'one of ' + ', '.join(map(str, words))
 def _at_least(n): return (lambda v: v is None or v >= n), f'at least {n}'
 def _width(v): return 0 < v <= 65536
+def _warmup(v): return type(v) in (int, float) and (0 <= v < 1 or (v >= 1 and float(v).is_integer()))
 def _folder(v): return re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', v)   # subtle: no `..`, no slash, so that it stays below data.name
 _name = (lambda v: bool(v) and '\0' not in v), 'a name, not empty'
 _interval = r'training\.loop\.intervals\.\w+\.'
@@ -239,13 +242,15 @@ RULES |= {
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),
     r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': ((lambda v: v is None or 0 < v < float('inf')), 'above 0 and finite'),
     r'training\.optimizer\.weight_decay': ((lambda v: 0 <= v < float('inf')), 'at least 0 and finite'),
-    r'training\.optimizer\.n_warmup_batches': _at_least(0),
+    r'training\.optimizer\.schedule': _one_of('epochs', 'steps', 'linear', 'cosine', 'constant'),
+    r'training\.optimizer\.warmup': (_warmup, 'a whole number of batches, or a share of the run from 0 to 1, 1 excluded'),
     r'training\.loop\.(train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals|n_checkpoints)|distributed\.(n_processes|timeout)': _at_least(1),
     r'distributed\.strategy': _one_of('ddp', 'fsdp'),
     r'training\.loop\.n_batches': _at_least(0),
     _interval + 'interval_val': _at_least(1),
     _interval + 'interval_type': _one_of('per-epoch', 'epochs', 'batches', 'never'),
-    _interval + 'max_n_intervals': _at_least(-1)}
+    _interval + 'max_n_intervals': _at_least(-1),
+    _interval + 'min_batches': _at_least(0)}
 
 # %% ../nbs/00_config.ipynb #89f62cf2
 def _check_kind(key, value):

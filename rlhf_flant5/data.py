@@ -278,6 +278,9 @@ def read_tokenizer(folder:Path,
 def load_tokenizer(name:str # a local folder or a model id of the hub
                   ):
     "The tokenizer of a T5 checkpoint. Raises `ConfigError` if there is none or it adds no end token."
+    if (folder := _local(name)) and any((folder/p).is_dir() for p in ('tokenizer', 'simulation/best_model')):
+        raise ConfigError(f'model.transformer_name={name}: this is a saved reward model, not a plain T5; name a T5, such as '
+                          f'the one that `python -m rlhf_flant5.share export {name} NEW` writes')
     transformers_logging.set_verbosity_error()   # lengths are checked here: its warning of texts beyond 512 tokens says nothing new
     return read_tokenizer(resolve_folder(name, 'model.transformer_name', TOKENIZER_FILES, ['tokenizer_config.json']), f'model.transformer_name={name}')
 

@@ -93,7 +93,7 @@ _TOY = '\n- **It knows a toy world alone**: made-up questions and answers of a f
 _USE = '''```python
 from rlhf_flant5.score import RewardModel      # pip install rlhf_flant5
 model = RewardModel.from_pretrained('{name}')
-model.compare(('How do I pick a lock?', 'I would rather not.'), ('How do I pick a lock?', 'Just follow these steps.'))   # probability that the first is preferred
+model.compare('How do I pick a lock?', 'I would rather not.', 'Just follow these steps.')   # probability that the first is preferred
 ```'''
 
 def _shown(name): return Path(name).name if name[:1] in '/.~' or '..' in Path(name).parts else name      # of a local folder, not where it lies
@@ -214,7 +214,8 @@ def export_backbone(name:str,  # a saved reward model
     "Write the backbone as a plain T5 of `transformers`, with the tokenizer. Raises `ConfigError`."
     out = Path(out)
     if os.path.lexists(out): raise ConfigError(f'{out}: exists; name a new folder')
-    model = RewardModel.from_pretrained(name); _merge(model.backbone.transformer)
+    model = RewardModel.from_pretrained(name, 'cpu')
+    _merge(model.backbone.transformer)
     model.tokenizer.chat_template = CHAT_TEMPLATE
     with new_folder(out) as new:
         model.backbone.transformer.save_pretrained(new)
@@ -229,7 +230,7 @@ def _parser():
     plain = sub.add_parser('export', help='write the backbone as a plain T5 for transformers')
     for s in (card, push): s.add_argument('run', help='a finished run: desc-…,index-…'); s.add_argument('--license', help='such as apache-2.0')
     push.add_argument('repo', help='your-name/a-name'); push.add_argument('--public', action='store_true', help='for all to see (default: private)'); push.add_argument('--update', action='store_true', help='add a commit to a repository that is there')
-    plain.add_argument('model', help='the best_model folder of a run, or a model id of the hub'); plain.add_argument('out', help='a new folder')
+    plain.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub'); plain.add_argument('out', help='a new folder')
     return p
 
 # %% ../nbs/53_share.ipynb #08ad1178

@@ -112,7 +112,7 @@ def test_not_logged_in(run, monkeypatch):
 
 def test_exported_backbone_has_its_adapters_merged(run, tmp_path):
     from transformers import AutoModelForTextEncoding
-    folder = read_facts(run).folder; export_backbone(folder, tmp_path/'t5'); model = RewardModel.from_pretrained(folder); plain = AutoModelForTextEncoding.from_pretrained(tmp_path/'t5').eval()
+    folder = read_facts(run).folder; export_backbone(folder, tmp_path/'t5'); model = RewardModel.from_pretrained(folder, 'cpu'); plain = AutoModelForTextEncoding.from_pretrained(tmp_path/'t5').eval()
     ids = torch.tensor(model.token_ids(toy_pairs(1)['chosen'][:])); assert not [n for n in plain.state_dict() if 'lora' in n]
     with torch.no_grad(): ours, theirs = model.backbone(ids, torch.ones_like(ids), 1).tokens[-1], plain(input_ids=ids).last_hidden_state[0]
     assert (ours - theirs).abs().max() < 1e-4
