@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'MEANINGS', 'OF_SPLIT', 'NonFiniteLoss', 'StepResult', 'train_step', 'n_due', 'is_due', 'ahead',
            'duration', 'Progress', 'evaluate_all', 'evaluate', 'n_warmup', 'learning_rate', 'describe_rate', 'meaning',
-           'TensorBoard', 'History', 'as_scalars', 'as_histograms', 'StopFlag', 'LoopState', 'rng_state',
-           'put_rng_state', 'CannotSave', 'saving', 'digests', 'seal', 'damage', 'save_weights', 'load_weights',
-           'TrainingLoop', 'Recent', 'resume_loops', 'OutOfMemory', 'halve_budget', 'run_loops']
+           'CannotSave', 'saving', 'TensorBoard', 'History', 'as_scalars', 'as_histograms', 'StopFlag', 'LoopState',
+           'rng_state', 'put_rng_state', 'digests', 'seal', 'damage', 'save_weights', 'load_weights', 'TrainingLoop',
+           'Recent', 'resume_loops', 'OutOfMemory', 'halve_budget', 'run_loops']
 
 # %% ../nbs/33_loop.ipynb #bede749b
 import errno, hashlib, json, logging, math, os, random, re, shutil, signal, threading, time
@@ -229,6 +229,18 @@ def meaning(name:str) -> str: # '' for a name that the book does not know
     end = next((k for k in sorted(MEANINGS, key=len, reverse=True) if f'/{rest}'.endswith(f'/{k}')), None)
     return MEANINGS[end].format(OF_SPLIT[split]) if end and split in OF_SPLIT else ''
 
+# %% ../nbs/33_loop.ipynb #3c0f7a51
+class CannotSave(RuntimeError):
+    "The disk refuses what a run wants to keep."
+
+@contextmanager
+def saving(what:Path):
+    "Turn a disk's refusals into `CannotSave`, in one line."
+    try: yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, 'strerror', None) or re.sub(r'.*I/O error: (.*) \(os error \d+\)', r'\1', str(e).splitlines()[0])
+        raise CannotSave(f'{what} cannot be written ({reason}); what was kept before is whole: make room or give the right to write, and go on with resume=true') from e
+
 # %% ../nbs/33_loop.ipynb #65b0110a
 def _say_once(args, others=threading.excepthook):
     if type(args.thread).__name__ != '_AsyncWriterThread': others(args)     # TensorBoard's: the writer's next call raises it
@@ -331,17 +343,6 @@ def put_rng_state(state:dict):
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(torch.tensor(state['cuda'], dtype=torch.uint8))
 
 # %% ../nbs/33_loop.ipynb #e98f6bf6
-class CannotSave(RuntimeError):
-    "The disk refuses what a run wants to keep."
-
-@contextmanager
-def saving(what:Path):
-    "Turn a disk's refusals into `CannotSave`, in one line."
-    try: yield
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, 'strerror', None) or re.sub(r'.*I/O error: (.*) \(os error \d+\)', r'\1', str(e).splitlines()[0])
-        raise CannotSave(f'{what} cannot be written ({reason}); what was kept before is whole: make room or give the right to write, and go on with resume=true') from e
-
 def digests(folder:Path) -> dict[str, str]: # file -> SHA-256
     "The digests of a folder's files, but for that of the list itself; links are not followed."
     def sha(f):
