@@ -7,12 +7,12 @@ __all__ = ['log', 'ENOUGH_TOKENS', 'COMPILE_SAVES', 'COMPILE_WARMUP', 'REQUEUE',
            'keeps_states', 'build_backbone', 'build_model', 'saved_bytes', 'free_memory', 'find_token_budget',
            'token_batches', 'kept_batches', 'precision_name', 'warn_of_states', 'make_optimizer', 'matmul_rate',
            'compile_pays', 'run_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted',
-           'peak_memory', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores', 'SharedPass', 'prepare',
-           'make_loop', 'check_room', 'as_decided', 'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish',
-           'open_runs', 'train_together', 'train', 'sweep', 'side_by_side', 'main']
+           'peak_memory', 'lacks_texts', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores', 'SharedPass',
+           'prepare', 'make_loop', 'check_room', 'as_decided', 'check_origin', 'begin_runs', 'train_runs', 'save_best',
+           'finish', 'restore_texts', 'open_runs', 'train_together', 'train', 'sweep', 'side_by_side', 'main']
 
 # %% ../nbs/34_train.ipynb #4c8b58b6
-import argparse, copy, gzip, itertools, json, logging, math, os, pydoc, re, resource, shutil, signal, subprocess, sys, threading, time, warnings
+import argparse, copy, gzip, itertools, json, logging, math, os, pydoc, re, resource, shlex, shutil, signal, subprocess, sys, threading, time, warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -37,11 +37,11 @@ from .config import ConfigError, best_device, choices, choose_precision, load_co
 from .data import first_line, MicroBatch, PairBatches, counts_line, fingerprint, load_tokenizer, n_shared, pairs_folder, prepare_splits, read_pairs
 from .explore import BASELINES
 from .features import FeatureBatches, keep_states, kept_features, weights_digest, without_decoder
-from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops, save_weights
+from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops, save_weights, saving
 from .metrics import calibration_error, fit_temperature, margins, pair_scores, pair_table, show_scores, write_pair_table
 from .models.base import RewardModel, pair_loss, readout_name
 from .processes import EndedElsewhere, first_then_all, highest, is_first, launch, lost_processes, n_processes, on_first, rank, share_model, weights_of
-from .runs import Run, open_run, write_file
+from .runs import Run, open_run, protect, unprotect, write_file
 from .toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
 log = logging.getLogger('rlhf_flant5.train')
 
@@ -147,11 +147,13 @@ def kept_batches(cfg, model, batches, accelerator) -> dict[str, FeatureBatches]:
 
 def precision_name(accelerator): return accelerator.mixed_precision.replace('no', 'fp32')
 
-def warn_of_states(cfg):
+def warn_of_states(cfg, asked:bool): # whether the user has set `use_pretrained_output`
     "Say what becomes of `use_pretrained_output`."
     if not cfg.use_pretrained_output: return
-    if cfg.train_transformer: log.warning('model.use_pretrained_output=True is ignored: the transformer is trained, so its states change')
-    elif not model_class(cfg).cacheable: log.warning(f'{readout_name(model_class(cfg))} reads the states of all tokens, which are not kept: each step passes through the frozen transformer')
+    if cfg.train_transformer:
+        if asked: log.warning('model.use_pretrained_output=True is ignored: the transformer is trained, so its states change')
+    elif not model_class(cfg).cacheable:
+        log.info(f'{readout_name(model_class(cfg))} reads the states of all tokens, which are not kept: each step passes through the frozen transformer')
 
 def make_optimizer(cfg, model):
     "Adam or AdamW over what is to be trained."
@@ -237,6 +239,9 @@ def peak_memory(device) -> int: # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/34_train.ipynb #6eadd1f0
+def lacks_texts(run:Run) -> bool:
+    return not all((run.data/f'{split}_texts.jsonl.gz').exists() for split in ('validation', 'test'))
+
 def keep_texts(run:Run, splits):
     "The texts that the run is judged on, beside its rewards: `data/{validation,test}_texts.jsonl.gz`."
     for split in ('validation', 'test'):
@@ -285,7 +290,6 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
     "Models and batches of runs that train side by side; a run alone is one of one."
     cfg, share, compiled = cfgs[0], lambda m: m, False
     if cfg.model.attention == 'flex' and (accelerator.device.type != 'cuda' or cfg.model.dropout != 0): raise ConfigError('model.attention=flex: needs a GPU and model.dropout=0; take auto')
-    for c in cfgs: warn_of_states(c.model)
     if len(cfgs) == 1: models = [first_then_all(lambda: build_model(cfg.model, cfg.seed))]
     else:
         backbone = first_then_all(lambda: build_backbone(cfg.model, any(model_class(c.model).reads_decoder for c in cfgs))).to(accelerator.device)
@@ -315,7 +319,7 @@ def check_room(loops, resumed:bool):
 # %% ../nbs/34_train.ipynb #978283cb
 def as_decided(cfg, run:Run): # the configuration with what `auto` decided when the run began
     path = run.data/'decided.json'
-    kept = on_first(lambda: json.loads(path.read_text()) if run.resumed and path.exists() else {})
+    kept = on_first(lambda: json.loads(path.read_text(encoding='utf-8')) if run.resumed and path.exists() else {})
     cfg = copy.deepcopy(cfg); OmegaConf.set_readonly(cfg, False)
     for k, v in kept.items(): cfg.training[k] = v
     return cfg
@@ -333,19 +337,27 @@ def begin_runs(cfgs, runs, models, loops, splits, decided:dict):
     check_room(loops, any(r.resumed for r in runs))
     for c, run, m, l in zip(cfgs, runs, models, loops):
         if not (c.model.train_transformer and not c.model.lora.r): check_origin(run, weights=weights_digest(m.backbone))
-        if not run.resumed: run.record('decided', decided); keep_texts(run, splits); l.trackers[0].text('config', '```yaml\n' + OmegaConf.to_yaml(c) + '```')
+        if lacks_texts(run): keep_texts(run, splits)        # subtle: a run that goes on may have been cut short before it came here
+        if not (run.data/'decided.json').exists():
+            l.trackers[0].text('config', '```yaml\n' + OmegaConf.to_yaml(c) + '```')
+            run.record('decided', decided)
+
 
 # %% ../nbs/34_train.ipynb #26088e67
 def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary.json
-    "Train in open runs: one, or several over one frozen pass."
-    cfgs = [as_decided(c, r) for c, r in zip(cfgs, runs)]
-    cfg, counts, accelerator, resumed = cfgs[0], defaultdict(Counter), make_accelerator(cfgs[0]), any(r.resumed for r in runs)
+    "Train those of the runs that are not done: one, or several over one frozen pass, built for all of them."
+    todo = [not run.done for run in runs]
+    cfgs = [as_decided(c, next(itertools.compress(runs, todo))) for c in cfgs]
+    cfgs_of_all, cfgs, runs = cfgs, [*itertools.compress(cfgs, todo)], [*itertools.compress(runs, todo)]
+    cfg, counts, resumed = cfgs_of_all[0], defaultdict(Counter), any(r.resumed for r in runs)
+    accelerator = make_accelerator(cfg)
     tokenizer, splits, best = first_then_all(lambda: load_data(cfg, counts))
     for run in runs:
         log.info(f'run {run.dir}' + (' goes on' if run.resumed else ''))
         on_first(lambda: (run.record('counts', counts), check_origin(run, pairs={k: fingerprint(ds) for k, ds in splits.items()}), run.note(device=str(accelerator.device), n_processes=n_processes())))
     log.info(counts_line(counts))
-    models, batches, share, compiled = prepare(cfgs, tokenizer, splits, accelerator)
+    models, batches, share, compiled = prepare(cfgs_of_all, tokenizer, splits, accelerator)
+    models = [*itertools.compress(models, todo)]
     saver = Saver(tokenizer, max_tokens=cfg.data.max_tokens, trained_on=dict(name=cfg.data.name, subdirs=list(cfg.data.subdirs), counts=counts))
     trackers = [[TensorBoard(run.simulation/'tensorboard'), History(run.results/'history.jsonl')] if is_first() else [] for run in runs]
     loops = [make_loop(c, r, m, batches, accelerator, saver, t) for c, r, m, t in zip(cfgs, runs, models, trackers)]
@@ -355,10 +367,12 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
         for c, l in zip(cfgs, loops): l.name = f'{c.desc}: '
     if resumed: n = resume_loops(loops); log.info(f'goes on after batch {n} of {loops[0].n_total}' if n else 'no checkpoint yet: begins again')
     try: run_loops(loops, share)
-    except KeyboardInterrupt: 
+    except KeyboardInterrupt:
         for l, m, run in zip(loops, models, runs): save_best(l, m, run, saver, dict(batch=l.state.best_batch))
         raise
-    finally: [t.close() for ts in trackers for t in ts]
+    finally:
+        with ExitStack() as closing:        # all of them, whatever a disk says to the first
+            for t in itertools.chain(*trackers): closing.callback(t.close)
     scores = final_scores(runs, loops, batches, splits, share)
     return [finish(c, run, l, m, saver, s, best) for c, run, l, m, s in zip(cfgs, runs, loops, models, scores)]
 
@@ -366,8 +380,11 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
 def save_best(loop, model, run, saver, facts):
     "The best model, whole."
     if loop.state.best_batch < 0: return
-    loop.load_best(); weights = weights_of(loop.model)
-    on_first(lambda: saver.whole(model, run.simulation/'best_model', facts, weights))
+    loop.load_best()
+    weights, folder = weights_of(loop.model), run.simulation/'best_model'
+    def save():
+        with saving(folder): saver.whole(model, folder, facts, weights)
+    on_first(save)
 
 def finish(cfg, run, loop, model, saver, scores, best) -> dict: # the summary
     "Save the best model whole, and the summary."
@@ -381,6 +398,19 @@ def finish(cfg, run, loop, model, saver, scores, best) -> dict: # the summary
     return summary
 
 # %% ../nbs/34_train.ipynb #bd38c083
+def restore_texts(cfg, run:Run):
+    "Write the texts of a finished run that an older version left without them, or say why that can't be."
+    try:
+        splits = load_data(cfg, defaultdict(Counter))[1]
+        pairs = {k: fingerprint(ds) for k, ds in splits.items()}
+        reason = '' if pairs == run.provenance.get('pairs') else 'the pairs are not those that it was trained on'
+    except ConfigError as e: reason = str(e)
+    if reason: return log.warning(f'run {run.dir} lacks data/*_texts.jsonl.gz, which compare and share read, and they cannot be restored: {reason}; remove the run and train it again')
+    unprotect(run.data)
+    keep_texts(run, splits)
+    protect(run.data)
+    log.info(f'run {run.dir} lacked data/*_texts.jsonl.gz, which compare and share read; they are restored')
+
 def open_runs(cfgs, command, stack:ExitStack) -> list[Run]:
     "The runs' folders; in the first process they are entered on `stack`."
     opened = []
@@ -388,6 +418,7 @@ def open_runs(cfgs, command, stack:ExitStack) -> list[Run]:
         run = open_run(c.desc, c.index, OmegaConf.to_yaml(c), command, c.sim_man.allow_untracked, resume=c.resume)
         opened.append(run if run.done else stack.enter_context(run))
         if run.done: log.info(f'run {run.dir} is done already')
+        if run.done and lacks_texts(run): restore_texts(c, run)
     kept = on_first(lambda: [open_(c) for c in cfgs] and [(r.dir, r.resumed, r.done) for r in opened])
     if opened: return opened
     for folder, resumed, done in kept: opened.append(run := Run(folder)); run.resumed, run.done = resumed, done
@@ -409,9 +440,11 @@ def train_together(runs:list[list[str]],    # settings of each run, `key=value`;
     datasets.disable_progress_bars(); transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
     with ExitStack() as stack, lost_processes():
         opened = open_runs(cfgs, command or ['python', '-m', 'rlhf_flant5.train', *runs[0]], stack)
-        todo = [i for i, run in enumerate(opened) if not run.done]
-        new = iter(train_runs([cfgs[i] for i in todo], [opened[i] for i in todo]) if todo else [])
-        return [(on_first(lambda: json.loads((run.results/'summary.json').read_text())) if run.done else next(new)) | dict(folder=run.dir) for run in opened]
+        for c, settings, run in zip(cfgs, runs, opened):
+            asked = any(re.match(r'\+*model\.use_pretrained_output=', s) for s in settings)
+            if not run.done: warn_of_states(c.model, asked)
+        new = iter(train_runs(cfgs, opened) if any(not run.done for run in opened) else [])
+        return [(on_first(lambda: json.loads((run.results/'summary.json').read_text(encoding='utf-8'))) if run.done else next(new)) | dict(folder=run.dir) for run in opened]
 
 def train(overrides:list[str],      # settings, `key=value`
           command:list[str]=None    # recorded with the run
@@ -471,7 +504,8 @@ def _train_group(runs, command) -> int:
     for s in train_together(runs, command):
         if is_first(): print(f'''{s["readout"]}, seed {s["seed"]}: validation {show_scores(s["validation"])}; test {show_scores(s["test"])}; {s["seconds"]:.0f} s
     model        {s["folder"]/"simulation"/"best_model"}
-    TensorBoard  tensorboard --logdir '{s["folder"]/"simulation"/"tensorboard"}\'''', flush=True)
+    TensorBoard  tensorboard --logdir '{s["folder"]/"simulation"/"tensorboard"}'
+    closed       its files are read-only now; to remove it: rm -rf {shlex.quote(str(s["folder"]))}''', flush=True)
     return 0
 
 def _train_process(overrides, n_jobs, running) -> int:

@@ -14,8 +14,12 @@ from rlhf_flant5.runs import Run, find_runs
 from rlhf_flant5.train import main
 from conftest import root, program
 
-PHASES = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), publish=(loop, 'publish'),
-              scores=(train, 'final_scores'), summary=(train, 'finish'), cache=(features.KeptStates, '_write'))
+EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'), texts=(train, 'keep_texts'))
+LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), seal=(loop, 'seal'),
+            scores=(train, 'final_scores'), summary=(train, 'finish'))
+ONCE = 'data', 'begin', 'scores', 'summary'         # in the life of a process
+PHASES = EARLY | LATE | dict(cache=(features.KeptStates, '_write'), close=(Run, '__exit__'))
+KILLED = {1: -signal.SIGKILL, 2: 128 + signal.SIGKILL}      # exit code of a run of so many processes; any other one is a crash
 
 
 def arm(phase, nth, delay):
@@ -62,17 +66,24 @@ def where(folder):
     return dict(RESULTS_ROOT_DIR=str(folder/'results'), RLHF_FLANT5_CACHE=str(folder/'cache'))
 
 
-def digest(folder) -> dict:
-    "What a run leaves behind, but for times."
-    run = Run(find_runs(folder/'results')[0]); timed = lambda k: 'per_second' in k or k in ('seconds', 'peak_memory_bytes')
+def digest(folder, name='') -> dict:
+    "What a run leaves behind, but for times: that of `name`, or the only one."
+    run = next(Run(f) for f in find_runs(folder/'results') if name in f.name)
+    timed = lambda k: 'per_second' in k or k in ('seconds', 'peak_memory_bytes')
     rows = [{k: v for k, v in json.loads(l).items() if not timed(k)} for l in (run.results/'history.jsonl').read_text().splitlines()]
     summary = {k: v for k, v in json.loads((run.results/'summary.json').read_text()).items() if not timed(k)}
-    last = sorted((run.simulation/'checkpoints').glob('batch-*'))[-1]
-    files = [run.simulation/'best_model'/'model.safetensors', last/'model.safetensors', last/'optimizer.safetensors', last/'rng.json', run.results/'test_pairs.jsonl', run.results/'validation_pairs.jsonl']
-    return dict(history=rows, summary=summary, files={f.name + f.parent.name: sha256(f.read_bytes()).hexdigest() for f in files})
+    kept = {p.relative_to(run.dir).as_posix(): p for p in run.dir.rglob('*') if p.is_file() and not re.search(r'tfevents|changes-\d+', p.name)}
+    told = 'provenance.json', 'train.log', 'history.jsonl', 'summary.json', 'recent.json', 'state.json', 'digests.json', 'config.json'     # with times in them
+    return dict(history=rows, summary=summary, files={f: '' if p.name in told else sha256(p.read_bytes()).hexdigest() for f, p in sorted(kept.items())})
 
 
 FROZEN = ['model.train_transformer=False']
+
+def bomb_for(rng, n, phases=tuple(EARLY | LATE)):
+    "A phase at random, with when and in which process it kills."
+    phase = rng.choice(phases)
+    return phase, 1 if phase in ONCE else rng.choice((1, 2, 3)), rng.uniform(0, .02), rng.randrange(n)
+
 
 def test_kills_change_nothing(tmp_path, spawn, settings):
     "Runs killed again and again, in one or two processes, trained or frozen, end as the one that never was."
@@ -84,15 +95,15 @@ def test_kills_change_nothing(tmp_path, spawn, settings):
         while sum(kills.values()) < per_kind:
             k += 1; folder = tmp_path/f'{name}-{k}'
             for i in range(40):
-                phase = 'cache' if kind == 'frozen' and i == 0 else rng.choice([p for p in PHASES if p != 'cache'])     # states are written first, and once
-                bomb = phase, 1 if phase in ('scores', 'summary') else rng.choice((1, 2, 3)), rng.uniform(0, .02), rng.randrange(n)
-                p = spawn(argv, where(folder), n, bomb); p.join(120)
+                bomb = bomb_for(rng, n, ('cache',) if kind == 'frozen' and i == 0 else tuple(EARLY | LATE))     # states are written first, and once
+                p = spawn(argv, where(folder), n, bomb, said=folder/'words'); p.join(120)
                 assert p.exitcode is not None, f'hangs after {bomb}'
                 if p.exitcode == 0: break
-                kills[phase] = kills.get(phase, 0) + 1
+                assert p.exitcode == KILLED[n], f'{p.exitcode} after {bomb}: {(folder/"words").read_text()[-2000:]}'
+                kills[bomb[0]] = kills.get(bomb[0], 0) + 1
             else: p = spawn(argv, where(folder), n); p.join(120); assert p.exitcode == 0
             assert digest(folder) == want, f'{name} after {kills}'
-        table.append(f'{name}: {sum(kills.values())} kills in {k} runs ({", ".join(f"{v} {k}" for k, v in sorted(kills.items()))}), weights {want["files"]["model.safetensorsbest_model"][:16]}')
+        table.append(f'{name}: {sum(kills.values())} kills in {k} runs ({", ".join(f"{v} {k}" for k, v in sorted(kills.items()))}), weights {want["files"]["simulation/best_model/model.safetensors"][:16]}')
     print('\n'.join(table))
 
 
@@ -152,6 +163,30 @@ def test_a_run_that_is_done_stays(tmp_path, settings, whole, spawn):
 def test_other_settings_are_refused_by_name(tmp_path, settings, whole, spawn):
     p = spawn([*settings, 'desc=whole', 'training.optimizer.init_lr=2e-3', 'seed=4'], where(whole), said=whole/'other'); p.join(120); said = (whole/'other').read_text()
     assert p.exitcode == 2 and 'seed was 103, now 4; training.optimizer.init_lr was 0.001, now 0.002: a run goes on with the settings that it began with' in said and said.count('\n') <= 2
+
+
+def test_killed_before_the_first_step(tmp_path, settings, whole, spawn):
+    "A run has all that it is judged on, wherever between its folder and its first step it was killed."
+    for phase, nth in (('record', 1), ('data', 1), ('record', 1), ('begin', 1), ('texts', 1), ('record', 2)):      # provenance, …, counts, …, decided
+        p = spawn([*settings, 'desc=whole'], where(tmp_path), bomb=(phase, nth, 0., 0)); p.join(120)
+        assert p.exitcode == -signal.SIGKILL and not (run_of(tmp_path).results/'history.jsonl').exists()
+    goes_on(tmp_path, spawn, settings, whole)
+
+
+def test_texts_of_a_finished_run_are_restored(tmp_path, settings, whole, monkeypatch, capsys):
+    "An older version could leave a run without: opened again it gets them back, or one line says why not."
+    shutil.copytree(whole, tmp_path/'old'); run = run_of(tmp_path/'old')
+    for k, v in where(tmp_path/'old').items(): monkeypatch.setenv(k, v)
+    def again():
+        for p in run.data.glob('*_texts.jsonl.gz'): p.unlink()
+        run.data.chmod(0o555)
+        assert main([*settings, 'desc=whole']) == 0
+        return capsys.readouterr().err
+    assert 'they are restored' in again() and digest(tmp_path/'old') == digest(whole)
+    assert not any(p.stat().st_mode & 0o222 for p in run.data.glob('*_texts.jsonl.gz'))
+    run.note(pairs={})
+    said = again()
+    assert 'lacks data/*_texts.jsonl.gz' in said and 'the pairs are not those that it was trained on' in said and 'Traceback' not in said
 
 
 def cut_short(folder, spawn, settings, bomb=('step', 8, 0., 0)):
