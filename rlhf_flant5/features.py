@@ -118,16 +118,24 @@ def _write(self:KeptStates, i:int, rows, states):
     with open(self.path/'states.bin', 'r+b') as f:
         for r, record in zip(rows, data): f.seek(int(r)*self.pair_nbytes); f.write(record)
         f.flush(); os.fsync(f.fileno())
-    with open(self.path/'journal', 'a') as f: f.write(f'\n{i} {zlib.crc32(data)}\n'); f.flush(); os.fsync(f.fileno())   # subtle: newline first, the line before may be cut off
+    with open(self.path/'journal', 'a', encoding='utf-8') as f:
+        f.write(f'\n{i} {zlib.crc32(data)}\n')   # subtle: newline first, the line before may be cut off
+        f.flush()
+        os.fsync(f.fileno())
 
 @patch
 def _journalled(self:KeptStates) -> dict[int, int]: # segment -> checksum
     "What the journal promises; a new journal is begun if there is none of this entry."
     head, journal = json.dumps(self.parts, sort_keys=True) + '\n', self.path/'journal'
-    with open(journal, 'a+', errors='replace') as f: f.seek(0); text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
+    with open(journal, 'a+', encoding='utf-8', errors='replace') as f:
+        f.seek(0)
+        text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
     if text.startswith(head): return {int(i): int(crc) for i, crc in re.findall(r'^(\d{1,10}) (\d{1,10})$', text, re.M)}
     if text: log.warning(f'{journal}: damaged; all states of the entry are computed again')
-    with open(journal, 'w') as f: f.write(head); f.flush(); os.fsync(f.fileno())
+    with open(journal, 'w', encoding='utf-8') as f:
+        f.write(head)
+        f.flush()
+        os.fsync(f.fileno())
     return {}
 
 @patch

@@ -1,5 +1,5 @@
 "Kept states where a cell can't go: processes killed in the middle, two at once, full disks, whole runs that share an entry."
-import errno, json, logging, multiprocessing, os, random, re, resource, shutil, time
+import errno, json, logging, multiprocessing, os, random, re, resource, shutil, signal, time
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 import numpy as np
@@ -81,6 +81,7 @@ def test_kills_cost_time_only(tmp_path, spawn):
         p.kill(); p.join()
         assert not before & {rows.index(r) for r in begun(notes)[n:]}
         assert before <= promised(broken)
+        assert p.exitcode in (0, -signal.SIGKILL)      # any other end is a crash
         kills += p.exitcode != 0
         if p.exitcode == 0: break
     assert p.exitcode == 0 and kills >= 4

@@ -26,7 +26,8 @@ def arm(phase, nth, delay):
     "Kill this process within `delay` seconds of the nth call of a function."
     owner, name = PHASES[phase]; f, calls = getattr(owner, name), iter(range(1, 10**6))
     def armed(*args, **kwargs):
-        if next(calls) == nth: threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        kill = os.getpid(), signal.SIGKILL
+        if next(calls) == nth: threading.Timer(delay, os.kill, kill).start() if delay else os.kill(*kill)
         return f(*args, **kwargs)
     setattr(owner, name, armed)
 
@@ -171,6 +172,23 @@ def test_killed_before_the_first_step(tmp_path, settings, whole, spawn):
         p = spawn([*settings, 'desc=whole'], where(tmp_path), bomb=(phase, nth, 0., 0)); p.join(120)
         assert p.exitcode == -signal.SIGKILL and not (run_of(tmp_path).results/'history.jsonl').exists()
     goes_on(tmp_path, spawn, settings, whole)
+
+
+@pytest.mark.parametrize('transformer', ['toy', 'folder'])
+def test_killed_while_side_by_side_runs_are_closed(tmp_path, settings, spawn, transformer):
+    "The last run is closed first; those that are left go on without it, to the same bits, though it alone has read the decoder."
+    names = 'attention_pooled_encoder', 'layerwise_attention', 'decoder_output'
+    argv = [s for s in settings if not s.startswith('model=')] + [f'model=[{",".join(names)}]', 'desc=x', 'model.train_transformer=False', 'model.use_pretrained_output=False']
+    if transformer == 'toy': argv.append('model.transformer_name=toy')      # its encoder has other weights without its decoder
+    p = spawn(argv, where(tmp_path/'whole'), said=tmp_path/'said'); p.join(120)
+    assert p.exitcode == 0, (tmp_path/'said').read_text()[-2000:]
+    for bomb in ('close', 1, 0., 0), ('close', 2, 0., 0), ('close', 2, 0., 0):
+        p = spawn(argv, where(tmp_path/'killed'), bomb=bomb, said=tmp_path/'said'); p.join(120)
+        assert p.exitcode == -signal.SIGKILL, (tmp_path/'said').read_text()[-2000:]
+    p = spawn(argv, where(tmp_path/'killed'), said=tmp_path/'again'); p.join(120)
+    said = (tmp_path/'again').read_text()
+    assert p.exitcode == 0 and said.count('is done already') == 2, said[-2000:]
+    for name in names: assert digest(tmp_path/'killed', name) == digest(tmp_path/'whole', name)
 
 
 def test_texts_of_a_finished_run_are_restored(tmp_path, settings, whole, monkeypatch, capsys):
