@@ -9,6 +9,13 @@ __all__ = ['MAX_LINE', 'MAX_BLANK', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'turns', 
            'encode', 'tokenize_pairs', 'prepare_splits', 'counts_line', 'fingerprint', 'n_shared', 'epoch_order',
            'cut_by_budget', 'MicroBatch', 'pad_ids', 'deal', 'PairBatches', 'Step']
 
+# %% ../nbs/01_data.ipynb #efa8bc2b
+from .program import data_parser, early
+
+# %% ../nbs/01_data.ipynb #1686ec84
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(data_parser)
+
 # %% ../nbs/01_data.ipynb #64ca8eca
 import gzip, hashlib, json, os, re, reprlib, tempfile, zlib
 from collections import Counter, defaultdict
@@ -461,6 +468,6 @@ def once(self:PairBatches):
 
 # %% ../nbs/01_data.ipynb #f56599a7
 #| eval: false
-if __name__ == '__main__':
+if __name__ == '__main__' and '__file__' in globals():
     from rlhf_flant5.explore import main
     raise SystemExit(main())

@@ -7,8 +7,15 @@ __all__ = ['SPEAKERS', 'TOO_LONG', 'TOKENS_AT_ONCE', 'WINDOW', 'dialogue', 'NotF
            'read_weights', 'Explanation', 'signed', 'plot_text', 'numbered_lines', 'read_line', 'text_of',
            'rewards_apart', 'score_lines', 'windows', 'whole_rows', 'score_stream', 'load_model', 'main', 'RewardModel']
 
+# %% ../nbs/50_score.ipynb #16449ba6
+from .program import early, program, score_parser
+
+# %% ../nbs/50_score.ipynb #6d5768e2
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(score_parser)
+
 # %% ../nbs/50_score.ipynb #b5d37f2c
-import argparse, gzip, itertools, json, math, os, re, reprlib, signal, sys, threading, warnings, zlib
+import gzip, itertools, json, math, os, re, reprlib, sys, warnings, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -498,22 +505,6 @@ def score_stream(model, lines, out, done:int=0, had=(), tail:bytes=b'', **kwargs
         yield rows
     if done > 0 or tail: raise bad
 
-# %% ../nbs/50_score.ipynb #66fe81b2
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.score', description='Score texts: one JSON object a line in, one a line out.', formatter_class=argparse.RawDescriptionHelpFormatter, epilog='''rows: {"text": "\\n\\nHuman: …\\n\\nAssistant: …"}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}]}, and an id
-examples:
-  python -m rlhf_flant5.score runs/best_model rows.jsonl.gz --out rewards.jsonl
-  cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl''')
-    p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
-    p.add_argument('input', nargs='?', default='-', help='.jsonl or .jsonl.gz; - or nothing: standard input')
-    p.add_argument('--out', default='-', help='a new file; - or nothing: standard output')
-    p.add_argument('--resume', action='store_true', help='go on with --out where a run was cut short')
-    p.add_argument('--too-long', choices=TOO_LONG, default='error', help='a text beyond the model\'s max_tokens: an error of its line (default), or keep its end')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
-    p.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
-    p.add_argument('--token-budget', type=int, help='padded tokens at once; default: what suits the device')
-    return p
-
 # %% ../nbs/50_score.ipynb #2099a350
 def load_model(name:str,              # a folder of a model or of a run, or a model id of the hub
                device:str|None=None   # None: the best there is
@@ -523,6 +514,11 @@ def load_model(name:str,              # a folder of a model or of a run, or a mo
 
 show_parameters(dialogue, load_model, integrated_gradients, Explanation.plot)
 show_parameters(RewardModel.score, RewardModel.compare, RewardModel.rank, RewardModel.best_of_n, RewardModel.explain)
+
+# %% ../nbs/50_score.ipynb #d213cea2
+def load_model(name:str, device:str|None=None) -> RewardModel:
+    "A saved model on a device. Raises `ConfigError`."
+    return RewardModel.from_pretrained(name).to(best_device(device)).requires_grad_(False)
 
 # %% ../nbs/50_score.ipynb #ce5b9651
 def _work(args, stack) -> int: # exit code
@@ -548,23 +544,14 @@ def _work(args, stack) -> int: # exit code
     return 1 if n_bad else 0
 
 # %% ../nbs/50_score.ipynb #2f325eca
-def _stop(s, _): raise KeyboardInterrupt(signal.Signals(s).name)
-
-def main(argv:list[str]|None=None # default: the command line
-        ) -> int: # exit code: 0 done, 1 a line was bad or something failed, 2 bad input, 75 interrupted
+@program(score_parser, go_on='with --out, go on with --resume')
+def main(args): # 1: a line was bad, or something failed
     "The command `python -m rlhf_flant5.score`."
-    args = _parser().parse_args(argv)
-    old = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
     try:
         with ExitStack() as stack: return _work(args, stack)
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1      # whoever reads has had enough; what is buffered goes nowhere
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: print(f'error: {args.input}: the gzip file is cut off or damaged, or none at all ({e}); what was scored before is kept', file=sys.stderr); return 2
-    except OSError as e: print(f'error: {e.filename or args.out}: {e.strerror or e}', file=sys.stderr); return 2
-    except KeyboardInterrupt as e: print(f'interrupted ({str(e) or "SIGINT"})' + '; go on with --resume'*(args.out != '-'), file=sys.stderr); return 75
-    finally:
-        if old is not None: signal.signal(signal.SIGTERM, old)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ConfigError(f'{args.input}: the gzip file is cut off or damaged, or none at all ({e}); what was scored before is kept') from None
 
 # %% ../nbs/50_score.ipynb #57663176
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -5,8 +5,15 @@
 # %% auto #0
 __all__ = ['CLASSICAL', 'Job', 'plan', 'is_done', 'classical_rewards', 'classical_scores', 'classical', 'run_jobs', 'main']
 
+# %% ../nbs/36_sweep.ipynb #65f31639
+from .program import early, program, sweep_parser, table_code
+
+# %% ../nbs/36_sweep.ipynb #0d46babb
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(sweep_parser)
+
 # %% ../nbs/36_sweep.ipynb #1df55399
-import argparse, itertools, os, shlex, signal, subprocess, sys, threading, time
+import itertools, os, shlex, subprocess, sys, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,7 +23,7 @@ from .config import ConfigError, choices, load_config
 from .explore import TfidfBaseline
 from .metrics import fit_temperature, pair_scores, show_scores, write_pair_table
 from .runs import Run, open_run, run_dir
-from .train import REQUEUE, keep_texts, keeps_states, load_data, peak_memory, rewarded, side_by_side, sweep
+from .train import keep_texts, keeps_states, load_data, peak_memory, rewarded, side_by_side, sweep
 
 # %% ../nbs/36_sweep.ipynb #56dc65b0
 @dataclass
@@ -89,7 +96,7 @@ def classical(settings:list[str]):
 # %% ../nbs/36_sweep.ipynb #f6aaaaca
 def _run(job, n_jobs, running):
     threads = str(max(1, (os.cpu_count() or 1)//n_jobs))
-    with subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.train', *job.settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    with subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.train', *job.settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
                           env=dict(OMP_NUM_THREADS=threads) | os.environ | dict(TQDM_DISABLE='1')) as p:
         running.append(p); out, err = p.communicate()
     return p.returncode, out, (err.strip().splitlines() or ['it said nothing'])[-1]
@@ -106,26 +113,14 @@ def run_jobs(jobs:list[Job],
         futures = {pool.submit(_run, j, n_jobs, running): j for j in todo}
         try:
             for f in as_completed(futures):
-                code, out, last = f.result(); worst = max(worst, abs(code)); done += new[id(futures[f])]*(code == 0)
+                code, out, last = f.result(); worst = max(worst, table_code(code)); done += new[id(futures[f])]*(code == 0)
                 said = ''.join(l + '\n' for l in out.splitlines() if not l.startswith('    ')) if code == 0 else f'failed with {code}: {last}\n'
                 print(f'[{done}/{n}] {futures[f].settings[-1]}\n{said}', end='', flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True); [p.terminate() for p in running]; raise
     return worst
 
-# %% ../nbs/36_sweep.ipynb #f8625133
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.sweep', description='Train readouts x seeds, frozen and trained, into one results folder; what is done is left alone. Then: python -m rlhf_flant5.compare <results>.',
-        epilog='example: python -m rlhf_flant5.sweep --seeds 5 -j 2 experiment=toy desc=answer')
-    p.add_argument('settings', nargs='*', metavar='key=value', help='settings of all runs, as of python -m rlhf_flant5.train; comma-separated values are tried one after the other')
-    p.add_argument('--readouts', default=','.join(choices('model')), help='comma-separated; default: all five')
-    p.add_argument('--seeds', default='3', help='how many (1, 2, ...), or a comma-separated list; default: 3')
-    p.add_argument('--transformer', default='trained,frozen', help='trained, frozen, or both (default)')
-    p.add_argument('-j', '--jobs', type=int, default=1, help='processes at a time')
-    p.add_argument('--no-baselines', action='store_true', help='leave out the linear models of word counts, which need scikit-learn (the extra "classical")')
-    p.add_argument('--dry-run', action='store_true', help='print the commands and what is done, and exit')
-    return p
-
+# %% ../nbs/36_sweep.ipynb #68a4ea64
 def _names(text, key, allowed):
     found = text.split(',')
     bad = [f for f in found if f not in allowed]
@@ -140,27 +135,19 @@ def _seeds(text):
     return found
 
 # %% ../nbs/36_sweep.ipynb #0e474771
-def main(argv:list[str]|None=None) -> int: # exit code
+@program(sweep_parser, go_on='the same command goes on', remedy='the same command goes on when it is mended')
+def main(args):
     "The command `python -m rlhf_flant5.sweep`."
-    args, main_thread = _parser().parse_intermixed_args(argv), threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None       # so that no process is left behind
-    try:
-        if args.jobs < 1: raise ConfigError(f'--jobs {args.jobs}: must be at least 1')
-        readouts, seeds, transformers = _names(args.readouts, '--readouts', choices('model')), _seeds(args.seeds), _names(args.transformer, '--transformer', ['trained', 'frozen'])
-        groups = sweep(args.settings); jobs = [j for g in groups for j in plan(g, readouts, seeds, transformers)]
-        if not args.dry_run:
-            datasets.disable_progress_bars()
-            for g in {tuple(s for s in g if s.startswith(('data.', 'experiment='))): g for g in groups[::-1]}.values():     # once for each choice of pairs
-                if not args.no_baselines: classical(g)
-            return run_jobs(jobs, args.jobs)
-        for j in jobs: print(f'{sum(map(is_done, j.runs))} of {len(j.runs)} done  python -m rlhf_flant5.train {shlex.join(j.settings)}')
-        return 0
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'failed: {e.filename or "the system"}: {e.strerror or e}; the same command goes on when it is mended', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('interrupted; the same command goes on', file=sys.stderr); return REQUEUE
-    finally:
-        if main_thread: signal.signal(signal.SIGTERM, old)
+    if args.jobs < 1: raise ConfigError(f'--jobs {args.jobs}: must be at least 1')
+    readouts, seeds, transformers = _names(args.readouts, '--readouts', choices('model')), _seeds(args.seeds), _names(args.transformer, '--transformer', ['trained', 'frozen'])
+    groups = sweep(args.settings); jobs = [j for g in groups for j in plan(g, readouts, seeds, transformers)]
+    if not args.dry_run:
+        datasets.disable_progress_bars()
+        for g in {tuple(s for s in g if s.startswith(('data.', 'experiment='))): g for g in groups[::-1]}.values():     # once for each choice of pairs
+            if not args.no_baselines: classical(g)
+        return run_jobs(jobs, args.jobs)
+    for j in jobs: print(f'{sum(map(is_done, j.runs))} of {len(j.runs)} done  python -m rlhf_flant5.train {shlex.join(j.settings)}')
 
 # %% ../nbs/36_sweep.ipynb #f829c69b
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -104,7 +104,7 @@ def test_two_names_are_none(): assert [_named([(b'host', v) for v in names], ['l
 
 
 def test_interrupted_or_refused_while_it_loads(monkeypatch, capsys):
-    for e, code, says in ((KeyboardInterrupt(), 130, 'interrupted\n'), (PermissionError(13, 'Permission denied', 'x/config.json'), 2, 'error: x/config.json: Permission denied\n')):
+    for e, code, says in ((KeyboardInterrupt(), 75, 'interrupted (SIGINT)\n'), (PermissionError(13, 'Permission denied', 'x/config.json'), 1, 'failed: x/config.json: Permission denied\n')):
         def load(*_): raise e
         monkeypatch.setattr('rlhf_flant5.serve.load_model', load); assert main(['x']) == code and capsys.readouterr().err == says
 
