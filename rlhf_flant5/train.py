@@ -9,9 +9,9 @@ __all__ = ['log', 'ENOUGH_TOKENS', 'COMPILE_SAVES', 'COMPILE_WARMUP', 'SORTED_BY
            'compile_pays', 'run_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted',
            'peak_memory', 'lacks_texts', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores', 'SharedPass',
            'prepare', 'make_loop', 'check_room', 'described_precision', 'described_model', 'described_steps',
-           'opening_lines', 'verbatim', 'tell_origin', 'table_settings', 'tell_result', 'as_decided', 'check_origin',
-           'begin_runs', 'train_runs', 'save_best', 'finish', 'restore_texts', 'open_runs', 'train_together', 'train',
-           'sweep', 'side_by_side', 'hushed', 'final_lines', 'closing_table', 'main']
+           'opening_lines', 'verbatim', 'tell_origin', 'table_settings', 'tell_result', 'as_decided', 'note_machine',
+           'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish', 'restore_texts', 'open_runs',
+           'train_together', 'train', 'sweep', 'side_by_side', 'hushed', 'final_lines', 'closing_table', 'main']
 
 # %% ../nbs/34_train.ipynb #b3241a04
 from .program import FAILED, early, is_first_process, program, say, table_code, train_parser
@@ -49,7 +49,7 @@ from .features import FeatureBatches, keep_states, kept_features, weights_digest
 from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, as_scalars, describe_rate, evaluate_all, is_due, n_due, resume_loops, run_loops, save_weights, saving
 from .metrics import calibration_error, fit_temperature, margins, pair_scores, pair_table, show_scores, write_pair_table
 from .models.base import RewardModel, pair_loss, readout_name
-from .processes import EndedElsewhere, first_then_all, highest, is_first, launch, lost_processes, n_processes, on_first, rank, share_model, weights_of
+from .processes import EndedElsewhere, first_then_all, highest, is_first, launch, lost_processes, n_processes, named_processes, on_first, rank, share_model, weights_of
 from .runs import Run, flat_settings, open_run, protect, results_root, run_dir, unprotect, write_file
 from .toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
 log = logging.getLogger('rlhf_flant5.train')
@@ -226,7 +226,7 @@ def check_group(cfg, n:int): # processes
 
 def make_accelerator(cfg) -> Accelerator:
     "Accelerate's engine for the device and precision of the configuration; in a group of processes it joins them. Raises `ConfigError`."
-    device, n = best_device(cfg.device_name), int(os.environ.get('WORLD_SIZE', 1))
+    device, n = best_device(cfg.device_name), named_processes()
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)   # subtle: Accelerate keeps the first run's precision for the life of the process
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.distributed.timeout))]
@@ -236,7 +236,7 @@ def make_accelerator(cfg) -> Accelerator:
 
 def n_wanted(cfg) -> int: # processes; 1 within a group, which is there already
     "How many processes to start on this machine. Raises `ConfigError`."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return 1
+    if named_processes() > 1: return 1
     device, n = best_device(cfg.device_name), cfg.distributed.n_processes
     gpus = torch.cuda.device_count() if device.type == 'cuda' and device.index is None else 1
     if n and device.type != 'cpu' and n > gpus: raise ConfigError(f'distributed.n_processes={n} on {device}: each process needs a GPU, there are {gpus}; set it lower, or device_name=cpu')
@@ -305,7 +305,9 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
         encoder = without_decoder(backbone) if backbone.has_decoder else backbone
         models = [build_model(c.model, c.seed, backbone if model_class(c.model).reads_decoder else encoder) for c in cfgs]
         share = SharedPass(backbone, models)
-    for m in models: share_model(m, 'fsdp', accelerator) if cfg.distributed.strategy == 'fsdp' else m.to(accelerator.device)
+    for m in models:
+        if cfg.model.lora.r: m.backbone.noted_digest = weights_digest(m.backbone)     # subtle: no process holds whole weights once they are shared out
+        share_model(m, 'fsdp', accelerator) if cfg.distributed.strategy == 'fsdp' else m.to(accelerator.device)
     batches = token_batches(cfg, models[0], tokenizer, splits, accelerator)
     if keeps_states(cfg.model): batches = kept_batches(cfg, models[0], batches, accelerator)
     else: compiled = compile_if_it_pays(cfg, models[0], batches['train'], accelerator)
@@ -401,6 +403,13 @@ def as_decided(cfg, run:Run): # the configuration with what `auto` decided when 
     for k, v in kept.items(): cfg.training[k] = v
     return cfg
 
+def note_machine(run:Run, device):
+    "Note what a run computes on; one that goes on with another number of threads says so, since sums in another order differ in their last bits."
+    began, now = run.provenance.get('n_threads'), torch.get_num_threads()
+    if began not in (None, now):
+        log.warning(f'begun with {began} threads, goes on with {now}: equal to rounding; set OMP_NUM_THREADS={began} to go on bit by bit')
+    run.note(device=str(device), n_processes=n_processes(), n_threads=now)
+
 def check_origin(run:Run, **now):
     "Note where a run's numbers come from; a run that goes on must come from the same. Raises `ConfigError`."
     was = run.provenance
@@ -428,7 +437,7 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
     tokenizer, splits, best = first_then_all(lambda: load_data(cfg, counts))
     for run in runs:
         log.info(f'run {run.dir}' + (' goes on' if run.resumed else ''))
-        on_first(lambda: (run.record('counts', counts), check_origin(run, pairs={k: fingerprint(ds) for k, ds in splits.items()}), run.note(device=str(accelerator.device), n_processes=n_processes())))
+        on_first(lambda: (run.record('counts', counts), check_origin(run, pairs={k: fingerprint(ds) for k, ds in splits.items()}), note_machine(run, accelerator.device)))
     log.info(counts_line(counts))
     models, batches, share, compiled = prepare(cfgs_of_all, tokenizer, splits, accelerator)
     models = [*itertools.compress(models, todo)]

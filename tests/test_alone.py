@@ -1,6 +1,9 @@
 "The repository needs nothing beside it: no file names a folder outside, and what CI runs, it runs in a clone that stands alone."
-import os, re, shutil, subprocess
+import ast, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from conftest import root
 
 ELSEWHERE = r'''(\.\./|parent\s*/\s*['"])share[d]\b|/wor[k]/|see[d]-readme'''
@@ -18,6 +21,23 @@ def test_no_file_names_a_folder_outside():
         found += [f'{path.relative_to(root)}:{n}: {line.strip()[:100]}' for n, line in enumerate(lines, 1) if re.search(ELSEWHERE, line)]
     assert not found, '\n'.join(found)
     for seen in ('root.parent/"{}"', "Path('../{}/x')"): assert re.search(ELSEWHERE, seen.format('shared'))
+
+
+def imported(path):
+    "The first parts of all names that a module imports, but its own package's."
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        yield from (n.split('.')[0] for n in names)
+
+
+def test_what_is_imported_is_declared():
+    "In settings.ini, for the module's own package or for one of its extras. (TRL is something that the chapter on speed may compare with.)"
+    ini = ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf-8')
+    declared = {canonicalize_name(Requirement(r).name) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements' for r in v.split()}
+    called = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core'}
+    used = {n for path in (root/'rlhf_flant5').rglob('*.py') for n in imported(path)} - {*sys.stdlib_module_names, 'rlhf_flant5', 'trl'}
+    assert not sorted(n for n in used if canonicalize_name(called.get(n, n)) not in declared)
 
 
 # as make: says where it runs and what stands there, then what pytest says at its end
