@@ -125,7 +125,7 @@ class LoopConfig:
 # %% ../nbs/00_config.ipynb #0054f3f7
 @dataclass
 class TrainingConfig:
-    precision: str                     # auto, fp32 or bf16
+    precision: str                     # auto, fp32 or bf16, of training and the validations on the way; final scores are always fp32
     token_budget: Any                  # padded tokens that pass through the model at once, or auto: what fits and is fast
     compile: Any                       # true, false, or auto: if the run is long enough to earn the warm-up back
     optimizer: OptimizerConfig
