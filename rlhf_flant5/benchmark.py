@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Model
-from .backbone import ATTENTION, FLAN_T5_SIZES, Backbone, Texts, build_flan_t5, flan_t5_config, load_flan_t5, unit_rms
+from .backbone import ATTENTION, FLAN_T5_SIZES, Backbone, Texts, flan_t5_config, unit_rms
 from .config import ConfigError, best_device, choices, figure, load_config, set_seed
 from .data import PairBatches, epoch_order, load_tokenizer, pad_ids, pairs_folder, read_pairs, tokenize_pairs
 from .features import FeatureBatches, keep_states, kept_features, without_decoder

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Model
 from .backbone import FLAN_T5_SIZES, Backbone, flan_t5_config
-from .config import ConfigError, figure
+from .config import ConfigError
 from .data import cut_by_budget, deal, pad_ids
 from .models.base import pair_loss, readout_class
 from .processes import is_first, launch, n_processes, share_model, unsynced

@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm.auto import tqdm
 from .config import ConfigError
-from .data import MicroBatch, PairBatches, Step, first_line
+from .data import PairBatches, Step, first_line
 from .metrics import pair_scores, score_rows, show_scores
 from .models.base import new_folder, sync_path
 from .processes import collected, highest, is_first, lost_processes, moments_of, n_processes, on_first, put_moments, put_weights, rank, summed, unsynced, weights_of

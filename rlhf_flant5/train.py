@@ -30,7 +30,6 @@ from datetime import timedelta
 from pathlib import Path
 import datasets, psutil, torch
 import numpy as np
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
