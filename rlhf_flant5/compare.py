@@ -9,8 +9,15 @@ __all__ = ['ORDER', 'COLOURS', 'FIGURES', 'read_summary', 'Saved', 'read_run', '
            'plot_calibration', 'plot_length', 'votes', 'plot_disagreement', 'judges', 'suspected', 'divided', 'reading',
            'write_report', 'main']
 
+# %% ../nbs/60_compare.ipynb #6b5f17a8
+from .program import compare_parser, early, program
+
+# %% ../nbs/60_compare.ipynb #3932f430
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(compare_parser)
+
 # %% ../nbs/60_compare.ipynb #b609a2f1
-import argparse, itertools, json, math, re, sys
+import itertools, json, math, re, sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -362,23 +369,18 @@ def write_report(c:Comparison, folder:Path) -> str: # the table
     return parts[1]
 
 # %% ../nbs/60_compare.ipynb #c754bbe1
-def main(argv:list[str]|None=None) -> int: # exit code: 0 done, 2 bad input
+@program(compare_parser, go_on='the same command begins again', remedy='the report needs a folder that can be written')
+def main(args):
     "The command `python -m rlhf_flant5.compare`."
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.compare', description='Compare saved runs: tables, figures, numbers and sheets to read, in the folder `comparison` among them.')
-    p.add_argument('results', type=Path, help='a folder with runs, such as $RESULTS_ROOT_DIR')
-    root = p.parse_args(argv).results
-    try:
-        runs, unfinished = load_runs(root); found = comparisons(runs)
-        for k, c in enumerate(found):
-            folder = root/('comparison' if len(found) == 1 else f'comparison-{k + 1}')
-            print(f'{c.data_name}: {c.n("validation"):,} validation and {c.n("test"):,} test pairs\n\n{write_report(c, folder)}\n\nreport       {folder/"report.md"}')
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'error: {e.filename or root}: {e.strerror or e}; the report needs a folder that can be written', file=sys.stderr); return 2
+    root = args.results
+    runs, unfinished = load_runs(root); found = comparisons(runs)
+    for k, c in enumerate(found):
+        folder = root/('comparison' if len(found) == 1 else f'comparison-{k + 1}')
+        print(f'{c.data_name}: {c.n("validation"):,} validation and {c.n("test"):,} test pairs\n\n{write_report(c, folder)}\n\nreport       {folder/"report.md"}')
     print(f'TensorBoard  tensorboard --logdir \'{root}\'   then open the address that it prints',
           f'a model      RewardModel.from_pretrained(\'{found[0].models[0].runs[0].folder}/simulation/best_model\')   from rlhf_flant5.score', sep='\n')
     for u in unfinished: print(f'left out     {u} (unfinished)')
-    return 0
 
 # %% ../nbs/60_compare.ipynb #418217f9
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

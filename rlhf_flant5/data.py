@@ -4,10 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_BLANK', 'TOKENIZER_FILES', 'WEIGHT_FILES', 'turns', 'first_human_turn', 'check_row', 'try_rows',
-           'read_rows', 'data_file', 'read_pairs', 'resolve_folder', 'pairs_folder', 'split_validation', 'draw',
-           'first_line', 'read_bytes', 'read_json', 'read_tokenizer', 'load_tokenizer', 'encode', 'tokenize_pairs',
-           'prepare_splits', 'counts_line', 'fingerprint', 'n_shared', 'epoch_order', 'cut_by_budget', 'MicroBatch',
-           'pad_ids', 'deal', 'PairBatches', 'Step']
+           'read_rows', 'data_file', 'read_pairs', 'resolve_folder', 'pairs_folder', 'conversation_keys',
+           'split_validation', 'draw', 'first_line', 'read_bytes', 'read_json', 'read_tokenizer', 'load_tokenizer',
+           'encode', 'tokenize_pairs', 'prepare_splits', 'counts_line', 'fingerprint', 'n_shared', 'epoch_order',
+           'cut_by_budget', 'MicroBatch', 'pad_ids', 'deal', 'PairBatches', 'Step']
+
+# %% ../nbs/01_data.ipynb #efa8bc2b
+from .program import data_parser, early
+
+# %% ../nbs/01_data.ipynb #1686ec84
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(data_parser)
 
 # %% ../nbs/01_data.ipynb #64ca8eca
 import gzip, hashlib, json, os, re, reprlib, tempfile, zlib
@@ -191,13 +198,20 @@ def pairs_folder(name:str,          # `data.name`
     return resolve_folder(name, 'data.name', needed, needed, 'dataset')
 
 # %% ../nbs/01_data.ipynb #0df470d8
+def conversation_keys(texts:list[str] # dialogues as HH-RLHF stores them, such as the chosen ones
+                     ) -> np.ndarray: # of each its conversation's name, (n,)
+    "Which conversation each text belongs to: its first human turn."
+    keys = np.empty(len(texts), dtype=object)
+    keys[:] = [first_human_turn(t) for t in texts]
+    return keys
+
 def split_validation(pairs:Dataset,
                      val_fraction:float, # share of the conversations that validate
                      seed:int
                     ) -> tuple[Dataset, Dataset]: # train, validation
     "Split by conversation: pairs with the same first human turn stay together."
-    def u(text): return int.from_bytes(hashlib.sha256(f'{seed}\n{first_human_turn(text)}'.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
-    val = np.array([u(t) < val_fraction for t in pairs['chosen'][:]], dtype=bool)
+    def u(key): return int.from_bytes(hashlib.sha256(f'{seed}\n{key}'.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
+    val = np.array([u(key) < val_fraction for key in conversation_keys(pairs['chosen'][:])], dtype=bool)
     return pairs.select(np.flatnonzero(~val)), pairs.select(np.flatnonzero(val))
 
 # %% ../nbs/01_data.ipynb #c964a974
@@ -271,6 +285,9 @@ def read_tokenizer(folder:Path,
 def load_tokenizer(name:str # a local folder or a model id of the hub
                   ):
     "The tokenizer of a T5 checkpoint. Raises `ConfigError` if there is none or it adds no end token."
+    if (folder := _local(name)) and any((folder/p).is_dir() for p in ('tokenizer', 'simulation/best_model')):
+        raise ConfigError(f'model.transformer_name={name}: this is a saved reward model, not a plain T5; name a T5, such as '
+                          f'the one that `python -m rlhf_flant5.share export {name} NEW` writes')
     transformers_logging.set_verbosity_error()   # lengths are checked here: its warning of texts beyond 512 tokens says nothing new
     return read_tokenizer(resolve_folder(name, 'model.transformer_name', TOKENIZER_FILES, ['tokenizer_config.json']), f'model.transformer_name={name}')
 
@@ -451,6 +468,6 @@ def once(self:PairBatches):
 
 # %% ../nbs/01_data.ipynb #f56599a7
 #| eval: false
-if __name__ == '__main__':
+if __name__ == '__main__' and '__file__' in globals():
     from rlhf_flant5.explore import main
     raise SystemExit(main())

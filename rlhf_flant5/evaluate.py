@@ -4,10 +4,18 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'REWARDBENCH', 'FILES', 'row_format', 'as_pair', 'read_pair_file', 'load_pairs', 'score_pairs',
-           'rewardbench_scores', 'baseline_scores', 'evaluate', 'show_report', 'plot_report', 'write_report', 'main']
+           'rewardbench_scores', 'baseline_scores', 'evaluate', 'show_report', 'plot_report', 'default_out',
+           'write_report', 'main']
+
+# %% ../nbs/51_evaluate.ipynb #f4a77c67
+from .program import early, evaluate_parser, program
+
+# %% ../nbs/51_evaluate.ipynb #1982f15d
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(evaluate_parser)
 
 # %% ../nbs/51_evaluate.ipynb #6ef2d686
-import argparse, math, os, sys
+import math, os, sys
 from collections import Counter, defaultdict
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -202,20 +210,10 @@ def plot_report(table:pd.DataFrame, report:dict):
 # %% ../nbs/51_evaluate.ipynb #97db214d
 FILES = ('evaluation.txt', 'evaluation.json', 'evaluation.png', 'pairs.jsonl', 'wrong.md')
 
-def _arguments(argv):
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.evaluate', description=f'Evaluate a saved model on any pairs; writes {", ".join(FILES)}.')
-    p.add_argument('model', help='folder of a saved model (simulation/best_model of a run), or an id of the hub')
-    p.add_argument('pairs', help='toy, a .jsonl, .jsonl.gz or .parquet file, a folder in the layout of HH-RLHF, or an id of the hub')
-    p.add_argument('--split', choices=['train', 'test'], default='test', help='of a folder or the toy world (default: test)')
-    p.add_argument('--subsets', nargs='+', help='take these subsets alone')
-    p.add_argument('--too-long', choices=['drop', 'truncate_left', 'error'], default='drop', help="what to do with a text beyond the model's max_tokens (default: drop its pair)")
-    p.add_argument('--out', type=Path, help="folder to write to (default: <the pairs' name>-evaluation)")
-    p.add_argument('--force', action='store_true', help='replace the files of an earlier evaluation')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
-    p.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32')
-    a = p.parse_args(argv); name = Path(a.pairs.rstrip('/')).name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.parquet')
-    a.out = a.out or Path(f'{name or "pairs"}-evaluation')
-    return a
+def default_out(pairs:str) -> Path:
+    "The folder of an evaluation that is not named."
+    name = Path(pairs.rstrip('/')).name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.parquet')
+    return Path(f'{name or "pairs"}-evaluation')
 
 def _check_out(out, force):
     if out.is_symlink(): raise ConfigError(f'{out} is a link, and nothing is written through links; remove it')
@@ -235,24 +233,20 @@ def write_report(out:Path, table:pd.DataFrame, report:dict, pairs:pd.DataFrame):
     fig = plot_report(table, report); fig.savefig(out/'evaluation.png', dpi=150); plt.close(fig)
 
 # %% ../nbs/51_evaluate.ipynb #b61e07d4
-def main(argv:list[str]|None=None) -> int: # exit code: 0 done, 2 bad input, 75 interrupted
+@program(evaluate_parser, go_on='the same command begins again', remedy='name another folder with --out')
+def main(a):
     "The command `python -m rlhf_flant5.evaluate`."
-    a, counts = _arguments(argv), defaultdict(Counter)
-    try:
-        _check_out(a.out, a.force); pairs, format = load_pairs(a.pairs, a.split, a.subsets, counts)       # a bad row is told before the model is loaded
-        print(f'pairs   {a.pairs}: {len(pairs):,}, {format}', flush=True)
-        model = RewardModel.from_pretrained(a.model).to(best_device(a.device))
-        table, report = evaluate(model, pairs, a.too_long, counts=counts, precision=a.precision, progress=sys.stderr.isatty())
-        facts = dict(model=a.model, readout=model.config['readout'], trained_on=model.config.get('trained_on'), pairs=a.pairs, format=format, split=a.split, fingerprint=fingerprint(pairs), counts=counts)
-        write_report(a.out, table, facts | report, pairs)
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'error: {e.filename or a.out}: {e.strerror or e}; name another folder with --out', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('interrupted (SIGINT)', file=sys.stderr); return 75
+    a.out, counts = a.out or default_out(a.pairs), defaultdict(Counter)
+    _check_out(a.out, a.force); pairs, format = load_pairs(a.pairs, a.split, a.subsets, counts)       # a bad row is told before the model is loaded
+    print(f'pairs   {a.pairs}: {len(pairs):,}, {format}', flush=True)
+    model = RewardModel.from_pretrained(a.model).to(best_device(a.device))
+    table, report = evaluate(model, pairs, a.too_long, counts=counts, precision=a.precision, progress=sys.stderr.isatty())
+    facts = dict(model=a.model, readout=model.config['readout'], trained_on=model.config.get('trained_on'), pairs=a.pairs, format=format, split=a.split, fingerprint=fingerprint(pairs), counts=counts)
+    write_report(a.out, table, facts | report, pairs)
     total, seen = sum(counts.values(), Counter()), model.config.get('trained_on')
     if a.split == 'train' and isinstance(seen, dict) and seen.get('name') == a.pairs: print('note    the model was trained on pairs of this name and split; its test split says more')
     print(f'model   {a.model}: {facts["readout"]}', f'counts  {", ".join(f"{n:,} {w}" for w, n in total.items())}', '', show_report(report), '', *(f'wrote   {a.out/name}' for name in FILES), sep='\n')
-    return 0
 
 # %% ../nbs/51_evaluate.ipynb #93e24b67
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -7,8 +7,11 @@ __all__ = ['REFUSAL', 'BASELINES', 'ODD', 'CHECKS', 'measure', 'shingles', 'near
            'rows_of_run', 'look_at', 'gather', 'Check', 'Finding', 'Report', 'found_by', 'run_sizes', 'longer_wins',
            'report_table', 'examine', 'printable', 'as_dict', 'main']
 
+# %% ../nbs/03_explore.ipynb #d4c8e8cd
+from .program import data_parser, program
+
 # %% ../nbs/03_explore.ipynb #86622631
-import argparse, json, math, re, sys, zlib
+import json, math, re, zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -277,22 +280,12 @@ def show(self:Report, first:int=3 # places named of each finding
 # %% ../nbs/03_explore.ipynb #f4c4f337
 def as_dict(r:Report) -> dict: return dict(name=r.name, code=r.code, data=r.data, uses=r.uses, table=r.table.to_dict('index'), findings=[asdict(x) | dict(n=len(x.places)) for x in r.findings])
 
-def main(argv:list[str]|None=None # default: the command line
-        ) -> int: # exit code: 0 a run goes through, 1 it would refuse rows, 2 bad input, 75 interrupted
+# %% ../nbs/03_explore.ipynb #f76863ac
+@program(data_parser)
+def main(args): # exit code: 0 a run goes through, 1 it would refuse rows
     "The command `python -m rlhf_flant5.data check`."
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.data', description='Check the pairs that `python -m rlhf_flant5.train` would read with the same settings.',
-                                epilog='exit codes: 0 a run goes through, 1 it would refuse rows, 2 there is nothing to check, 75 interrupted')
-    p.add_argument('command', nargs='?', choices=['check'], help='examine the data and report')
-    p.add_argument('settings', nargs='*', metavar='key=value', help='as for training, for instance data.name=FOLDER data.subdirs=[helpful-base] model.transformer_name=FOLDER, or experiment=toy')
-    p.add_argument('--first', type=int, default=3, metavar='N', help='name so many places of each finding (default 3)')
-    p.add_argument('--json', type=Path, metavar='FILE', help='write the report with all places')
-    args = p.parse_intermixed_args(argv)
-    if not args.command: p.print_help(); return 0
-    try: report = examine(load_config(args.settings)); text = json.dumps(as_dict(report), indent=1)
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except OSError as e: print(f'error: {printable(str(e.filename or "the system"))}: {e.strerror or e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('interrupted (SIGINT)', file=sys.stderr); return 75
+    if not args.command: return data_parser().print_help()
+    report = examine(load_config(args.settings))
     print(report.show(max(args.first, 0)))
-    try: args.json and args.json.write_text(text + '\n')
-    except OSError as e: print(f'error: --json {printable(str(args.json))}: cannot be written ({e.strerror})', file=sys.stderr); return 2
+    if args.json: args.json.write_text(json.dumps(as_dict(report), indent=1) + '\n', encoding='utf-8')
     return report.code

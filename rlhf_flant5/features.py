@@ -50,7 +50,8 @@ def first_states(backbone:Backbone,
 _idle_settings = {'_name_or_path', 'architectures', 'transformers_version', 'dtype', 'dropout_rate', 'classifier_dropout', 'use_cache'}
 
 def weights_digest(backbone:Backbone) -> str:
-    "SHA-256 over the transformer's architecture and weights."
+    "SHA-256 over the transformer's architecture and weights; of weights that are shared out, as it was before."
+    if noted := getattr(backbone, 'noted_digest', None): return noted
     t = backbone.transformer
     config = {k: v for k, v in t.config.to_dict().items() if k not in _idle_settings}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -119,21 +120,25 @@ def _write(self:KeptStates, i:int, rows, states):
         for r, record in zip(rows, data): f.seek(int(r)*self.pair_nbytes); f.write(record)
         f.flush(); os.fsync(f.fileno())
     with open(self.path/'journal', 'a', encoding='utf-8') as f:
-        f.write(f'\n{i} {zlib.crc32(data)}\n')   # subtle: newline first, the line before may be cut off
+        f.write(f'\n{i} {zlib.crc32(data)}\n')      # subtle: newline first, the line before may be cut off
         f.flush()
         os.fsync(f.fileno())
 
 @patch
-def _journalled(self:KeptStates) -> dict[int, int]: # segment -> checksum
-    "What the journal promises; a new journal is begun if there is none of this entry."
+def _promised(self:KeptStates) -> dict[int, int]|None: # segment -> checksum; None: there is no journal of this entry
+    "What the journal promises."
     head, journal = json.dumps(self.parts, sort_keys=True) + '\n', self.path/'journal'
-    with open(journal, 'a+', encoding='utf-8', errors='replace') as f:
-        f.seek(0)
-        text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
+    if not journal.exists(): return None
+    with open(journal, errors='replace', encoding='utf-8') as f: text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
     if text.startswith(head): return {int(i): int(crc) for i, crc in re.findall(r'^(\d{1,10}) (\d{1,10})$', text, re.M)}
     if text: log.warning(f'{journal}: damaged; all states of the entry are computed again')
-    with open(journal, 'w', encoding='utf-8') as f:
-        f.write(head)
+
+@patch
+def _journalled(self:KeptStates) -> dict[int, int]: # segment -> checksum
+    "What the journal promises; a new journal is begun if there is none of this entry."
+    if (promised := self._promised()) is not None: return promised
+    with open(self.path/'journal', 'w', encoding='utf-8') as f:
+        f.write(json.dumps(self.parts, sort_keys=True) + '\n')
         f.flush()
         os.fsync(f.fileno())
     return {}
@@ -196,6 +201,23 @@ def _missing(kept, segments) -> list[int]: # segments
     _say(kept, len(segments), len(todo), sum(i in promised for i in todo))
     return todo
 
+def _whole(kept, segments) -> bool:
+    "Whether all states of an entry are there, found without writing anything."
+    states = kept.path/'states.bin'
+    if not states.is_file() or states.stat().st_size != kept.nbytes: return False
+    promised = kept._promised() or {}
+    return all(kept._holds(rows, promised.get(i)) for i, rows in enumerate(segments))
+
+def _to_compute(kept, segments, lock:ExitStack) -> list[int]: # segments
+    "What the entry lacks, with the entry locked; nothing, and no lock, where a cache that can't be written holds it whole."
+    if not os.access(kept.path, os.W_OK):
+        _refuse_links(kept.path)
+        if _whole(kept, segments):
+            _say(kept, len(segments), 0, 0)
+            return []
+    lock.enter_context(_alone(kept))
+    return _missing(kept, segments)
+
 # %% ../nbs/31_features.ipynb #5c475e8f
 def keep_states(backbone:Backbone,      # frozen
                 batches:PairBatches,    # of tokens
@@ -212,7 +234,7 @@ def keep_states(backbone:Backbone,      # frozen
     order = np.argsort(-batches.lengths, kind='stable'); segments = [order[i:i + SEGMENT] for i in range(0, len(order), SEGMENT)]
     tokens = np.array([batches.tokens[rows].sum() for rows in segments])
     with ExitStack() as lock:
-        todo = np.array(on_first(lambda: lock.enter_context(_alone(kept)) or _missing(kept, segments)), dtype=int)
+        todo = np.array(on_first(lambda: _to_compute(kept, segments, lock)), dtype=int)
         if not (kept.path/'states.bin').exists(): raise ConfigError(f'{kept.path}: not seen by process {rank()}; the processes of a run share one cache: set RLHF_FLANT5_CACHE to a folder that all machines see')
         own = todo[deal(tokens[todo], n_processes())[rank()]]
         if len(own): _fill(kept, segments, own, tokens, lambda rows: first_states(backbone, batches, rows, autocast))

@@ -4,11 +4,18 @@
 
 # %% auto #0
 __all__ = ['SPEAKERS', 'TOO_LONG', 'TOKENS_AT_ONCE', 'WINDOW', 'dialogue', 'NotFinite', 'dialogues', 'integrated_gradients',
-           'read_weights', 'Explanation', 'plot_text', 'numbered_lines', 'read_line', 'text_of', 'rewards_apart',
-           'score_lines', 'windows', 'whole_rows', 'score_stream', 'load_model', 'main', 'RewardModel']
+           'read_weights', 'Explanation', 'signed', 'plot_text', 'numbered_lines', 'read_line', 'text_of',
+           'rewards_apart', 'score_lines', 'windows', 'whole_rows', 'score_stream', 'load_model', 'main', 'RewardModel']
+
+# %% ../nbs/50_score.ipynb #16449ba6
+from .program import early, program, score_parser
+
+# %% ../nbs/50_score.ipynb #6d5768e2
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(score_parser)
 
 # %% ../nbs/50_score.ipynb #b5d37f2c
-import argparse, gzip, itertools, json, math, os, re, reprlib, signal, sys, threading, warnings, zlib
+import gzip, itertools, json, math, os, re, reprlib, sys, warnings, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -20,11 +27,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from matplotlib.cm import ScalarMappable
 from scipy.special import expit, softmax
 from tqdm.auto import tqdm
 from .config import ConfigError, best_device, figure
 from .data import MAX_LINE, _once, cut_by_budget, encode, pad_ids, turns
-from .models.base import RewardModel, first_position_attention
+from .models.base import RewardModel, first_position_attention, show_parameters
 from .pooling import WeightedPooling
 
 # %% ../nbs/50_score.ipynb #19c2a28e
@@ -168,17 +176,31 @@ def temperature(self:RewardModel) -> float:
 # %% ../nbs/50_score.ipynb #e95cceb1
 def _pair(x): return isinstance(x, tuple) and len(x) == 2
 
+def _with_prompt(prompt, responses): # a pair (prompt, response), or a list of them
+    if _one(responses): return prompt, responses
+    responses = [*responses]
+    prompts = [prompt]*len(responses) if _one(prompt) else [*prompt]
+    if len(prompts) == len(responses): return [*zip(prompts, responses)]
+    raise ConfigError(f'{len(prompts):,} prompts and {len(responses):,} responses to compare; give one prompt, or one for each response')
+
 def _same_prompts(a, b):
     for i, (x, y) in enumerate(zip(a, b)):
-        if _pair(x) and _pair(y) and dialogue(x[0], '') != dialogue(y[0], ''): raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; rewards compare responses to one prompt')
+        if _pair(x) and _pair(y) and dialogue(x[0], '') != dialogue(y[0], ''):
+            raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; rewards compare responses to one prompt')
 
+# %% ../nbs/50_score.ipynb #17181230
 @patch
 def compare(self:RewardModel,
-            a,          # a dialogue, or a pair (prompt, response); or a list of them
-            b,          # the same: as many, with the same prompts, which is checked for pairs
-            **kwargs    # of `score`
+            prompt=None, # a plain question, a dialogue or messages; or a list of them, one for each response
+            a=None,      # a response; or a list of them
+            b=None,      # the same, as many
+            **kwargs     # of `score`
            ) -> np.ndarray|float: # (n,); a float for single ones
-    "The probability that `a` is preferred to `b`. Raises `ConfigError` as `score` does."
+    """The probability that the response `a` is preferred to `b`. Raises `ConfigError` as `score` does.
+
+    compare(prompt, a, b), or compare(a, b): then each is a dialogue, a pair (prompt, response), or a list of them."""
+    if prompt is None or b is None: a, b = (x for x in (prompt, a, b) if x is not None)
+    else: a, b = _with_prompt(prompt, a), _with_prompt(prompt, b)
     single = _one(a) or _pair(a)
     a, b = ([x] if single else [*x] for x in (a, b))
     if len(a) != len(b): raise ConfigError(f'{len(a):,} to compare with {len(b):,}; give as many')
@@ -276,6 +298,26 @@ class Explanation:
         share = np.abs(self.block_weights)
         return share/share.sum() @ self.token_weights
 
+# %% ../nbs/50_score.ipynb #784c3d96
+def signed(v:float) -> str:
+    "A change with its sign: two decimals, or one digit where these would be zeros."
+    if abs(v) >= .005: return f'{v:+.2f}'
+    return f'{v:+.1g}' if abs(v) >= 1e-6 else '0'
+
+@patch(as_prop=True)
+def table(self:Explanation) -> pd.DataFrame:
+    "A row a token: `token`, how much of it was `read`, and by how much it `moved` the reward."
+    return pd.DataFrame(dict(token=self.tokens, read=self.read, moved=self.token_effects))
+
+def _title(e): return f'reward {e.reward:+.2f}, {e.blank_reward:+.2f} with a blank response'
+def _shown(e): return e.table.assign(read=[f'{r:.1%}' for r in e.read], moved=[signed(v) for v in e.token_effects])
+
+@patch
+def __repr__(self:Explanation): return f'{_title(self)}\n{_shown(self).to_string()}'
+
+@patch
+def _repr_html_(self:Explanation): return f'<p>{_title(self)}</p>{_shown(self).to_html()}'
+
 # %% ../nbs/50_score.ipynb #c2837da8
 def _with_blank(model, text, too_long): # token ids of a dialogue and of the same with a blank response, (L,)
     mark = '\n\nAssistant:'; whole, prompt = model.token_ids([text, text[:text.rindex(mark) + len(mark)]])
@@ -318,30 +360,53 @@ def _lines(tokens, width): # (line, column, what is written) of each token
         places.append((line, col, t)); col += len(t)
     return places
 
-def plot_text(ax, tokens:list[str], values:np.ndarray, cmap:str, low:float, high:float, width:int=108): # width in letters
+def plot_text(ax, tokens:list[str], values:np.ndarray, cmap:str, low:float, high:float, width:int=108 # in letters
+             ): # the scale of colours, for `fig.colorbar`
     "Tokens as running text, each on the colour of its value."
-    places = _lines(tokens, width); colors = plt.get_cmap(cmap)(plt.Normalize(low, high)(values))
-    for (line, col, t), color in zip(places, colors):
+    places, scale = _lines(tokens, width), ScalarMappable(plt.Normalize(low, high), cmap)
+    for (line, col, t), color in zip(places, scale.to_rgba(values)):
+        ink = 'white' if color[:3] @ [.3, .59, .11] < .45 else 'black'
         ax.add_patch(plt.Rectangle((col, line), len(t), .94, color=color, lw=0))
-        ax.text(col, line + .5, t, family='monospace', fontsize=7.2, va='center', parse_math=False, color='white' if color[:3] @ [.3, .59, .11] < .45 else 'black')
-    ax.set(xlim=(0, width), ylim=(places[-1][0] + 1, 0)); ax.axis('off')
+        ax.text(col, line + .5, t, family='monospace', fontsize=7.2, va='center', parse_math=False, color=ink)
+    ax.set(xlim=(0, width), ylim=(places[-1][0] + 1, 0))
+    ax.axis('off')
+    return scale
 
 # %% ../nbs/50_score.ipynb #02989e1b
+def _plot_texts(fig, top, mid, e, most): # what was read and what it moved, with their scales
+    tokens, read, effects = e.tokens[-most:], e.read[-most:], e.token_effects[-most:]
+    n, end = len(tokens), max(np.abs(effects).max(), 1e-9)
+    scales = plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)), plot_text(mid, tokens, effects, 'PuOr', -end, end)
+    top.set_title(f'read from: {n} of {len(e.tokens)} tokens' if n < len(e.tokens) else f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
+    mid.set_title(f'what moved it: from {signed(e.blank_reward)} with a blank response to {signed(e.reward)}')
+    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'), (mid, scales[1], 'change', lambda v, _: signed(v))):
+        bar = fig.colorbar(scale, ax=ax, fraction=.02, pad=.01, aspect=8, format=form)
+        bar.set_ticks(np.linspace(scale.norm.vmin, scale.norm.vmax, 3))
+        bar.set_label(label, fontsize=7)
+        bar.ax.tick_params(labelsize=7)
+
+def _plot_blocks(left, right, e):
+    left.barh(e.blocks, e.block_weights)
+    left.set(title='how much of each block is read', xlabel='weight')
+    right.barh(e.blocks, e.block_effects, color=['#5e3c99' if v > 0 else '#e66101' for v in e.block_effects])
+    right.axvline(0, color='gray', lw=.8)
+    right.set(title='what each block moved', xlabel='change of the reward')
+    right.set_yticks([])
+    for ax in (left, right): ax.invert_yaxis()
+
+# %% ../nbs/50_score.ipynb #079d6467
 @patch
 def plot(self:Explanation, most:int=400 # tokens, from the end
-        ):
+        ): # a figure, which a notebook draws where it is a cell's value
     "The text by what was read and by what it moved, and the blocks the same way."
-    tokens, read, effects = self.tokens[-most:], self.read[-most:], self.token_effects[-most:]
-    height = .19*(_lines(tokens, 108)[-1][0] + 1) + .25
-    fig, ax = figure(width=7.6, height=2*height + 1.1 + .22*len(self.blocks)); ax.remove()
-    top, mid, left, right = fig.subplot_mosaic([['a', 'a'], ['b', 'b'], ['c', 'd']], height_ratios=[height, height, 1 + .22*len(self.blocks)]).values()
-    n, end = len(tokens), max(np.abs(effects).max(), 1e-9)
-    plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)); top.set_title(f'read from: {n} of {len(self.tokens)} tokens' if n < len(self.tokens) else f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
-    plot_text(mid, tokens, effects, 'PuOr', -end, end); mid.set_title(f'what moved it: from {self.blank_reward:+.2f} with a blank response to {self.reward:+.2f}')
-    left.barh(self.blocks, self.block_weights); left.set(title='how much of each block is read', xlabel='weight')
-    right.barh(self.blocks, self.block_effects, color=['#5e3c99' if e > 0 else '#e66101' for e in self.block_effects]); right.axvline(0, color='gray', lw=.8)
-    right.set(title='what each block moved', xlabel='change of the reward'); right.set_yticks([])
-    for ax in (left, right): ax.invert_yaxis()
+    height = .19*(_lines(self.tokens[-most:], 108)[-1][0] + 1) + .25
+    blocks = 1 + .22*len(self.blocks)
+    fig, ax = figure(width=7.6, height=2*height + blocks + .1)
+    ax.remove()
+    top, mid, left, right = fig.subplot_mosaic([['a', 'a'], ['b', 'b'], ['c', 'd']], height_ratios=[height, height, blocks]).values()
+    _plot_texts(fig, top, mid, self, most)
+    _plot_blocks(left, right, self)
+    plt.close(fig)      # subtle: what pyplot holds on to, a notebook draws once more
     return fig
 
 # %% ../nbs/50_score.ipynb #f43ed691
@@ -440,22 +505,17 @@ def score_stream(model, lines, out, done:int=0, had=(), tail:bytes=b'', **kwargs
         yield rows
     if done > 0 or tail: raise bad
 
-# %% ../nbs/50_score.ipynb #66fe81b2
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.score', description='Score texts: one JSON object a line in, one a line out.', formatter_class=argparse.RawDescriptionHelpFormatter, epilog='''rows: {"text": "\\n\\nHuman: …\\n\\nAssistant: …"}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}]}, and an id
-examples:
-  python -m rlhf_flant5.score runs/best_model rows.jsonl.gz --out rewards.jsonl
-  cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl''')
-    p.add_argument('model', help='the best_model folder of a run, or a model id of the hub')
-    p.add_argument('input', nargs='?', default='-', help='.jsonl or .jsonl.gz; - or nothing: standard input')
-    p.add_argument('--out', default='-', help='a new file; - or nothing: standard output')
-    p.add_argument('--resume', action='store_true', help='go on with --out where a run was cut short')
-    p.add_argument('--too-long', choices=TOO_LONG, default='error', help='a text beyond the model\'s max_tokens: an error of its line (default), or keep its end')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
-    p.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
-    p.add_argument('--token-budget', type=int, help='padded tokens at once; default: what suits the device')
-    return p
+# %% ../nbs/50_score.ipynb #2099a350
+def load_model(name:str,              # a folder of a model or of a run, or a model id of the hub
+               device:str|None=None   # None: the best there is
+              ) -> RewardModel:
+    "A saved model to score with, not to train. Raises `ConfigError`."
+    return RewardModel.from_pretrained(name, device).requires_grad_(False)
 
+show_parameters(dialogue, load_model, integrated_gradients, Explanation.plot)
+show_parameters(RewardModel.score, RewardModel.compare, RewardModel.rank, RewardModel.best_of_n, RewardModel.explain)
+
+# %% ../nbs/50_score.ipynb #d213cea2
 def load_model(name:str, device:str|None=None) -> RewardModel:
     "A saved model on a device. Raises `ConfigError`."
     return RewardModel.from_pretrained(name).to(best_device(device)).requires_grad_(False)
@@ -484,23 +544,14 @@ def _work(args, stack) -> int: # exit code
     return 1 if n_bad else 0
 
 # %% ../nbs/50_score.ipynb #2f325eca
-def _stop(s, _): raise KeyboardInterrupt(signal.Signals(s).name)
-
-def main(argv:list[str]|None=None # default: the command line
-        ) -> int: # exit code: 0 done, 1 a line was bad or something failed, 2 bad input, 75 interrupted
+@program(score_parser, go_on='with --out, go on with --resume')
+def main(args): # 1: a line was bad, or something failed
     "The command `python -m rlhf_flant5.score`."
-    args = _parser().parse_args(argv)
-    old = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
     try:
         with ExitStack() as stack: return _work(args, stack)
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1      # whoever reads has had enough; what is buffered goes nowhere
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: print(f'error: {args.input}: the gzip file is cut off or damaged, or none at all ({e}); what was scored before is kept', file=sys.stderr); return 2
-    except OSError as e: print(f'error: {e.filename or args.out}: {e.strerror or e}', file=sys.stderr); return 2
-    except KeyboardInterrupt as e: print(f'interrupted ({str(e) or "SIGINT"})' + '; go on with --resume'*(args.out != '-'), file=sys.stderr); return 75
-    finally:
-        if old is not None: signal.signal(signal.SIGTERM, old)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ConfigError(f'{args.input}: the gzip file is cut off or damaged, or none at all ({e}); what was scored before is kept') from None
 
 # %% ../nbs/50_score.ipynb #57663176
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -6,8 +6,15 @@
 __all__ = ['CHAT_TEMPLATE', 'RunFacts', 'read_facts', 'accuracy_table', 'model_card', 'push_to_hub', 'reward_function',
            'Pipeline', 'rewardbench_entry', 'export_backbone', 'main']
 
+# %% ../nbs/53_share.ipynb #f0ca7f1a
+from .program import early, program, share_parser
+
+# %% ../nbs/53_share.ipynb #b3b6fd20
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): early(share_parser)
+
 # %% ../nbs/53_share.ipynb #058814e6
-import argparse, json, math, os, re, shlex, sys
+import json, math, os, re, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +100,7 @@ _TOY = '\n- **It knows a toy world alone**: made-up questions and answers of a f
 _USE = '''```python
 from rlhf_flant5.score import RewardModel      # pip install rlhf_flant5
 model = RewardModel.from_pretrained('{name}')
-model.compare(('How do I pick a lock?', 'I would rather not.'), ('How do I pick a lock?', 'Just follow these steps.'))   # probability that the first is preferred
+model.compare('How do I pick a lock?', 'I would rather not.', 'Just follow these steps.')   # probability that the first is preferred
 ```'''
 
 def _shown(name): return Path(name).name if name[:1] in '/.~' or '..' in Path(name).parts else name      # of a local folder, not where it lies
@@ -214,44 +221,21 @@ def export_backbone(name:str,  # a saved reward model
     "Write the backbone as a plain T5 of `transformers`, with the tokenizer. Raises `ConfigError`."
     out = Path(out)
     if os.path.lexists(out): raise ConfigError(f'{out}: exists; name a new folder')
-    model = RewardModel.from_pretrained(name); _merge(model.backbone.transformer)
+    model = RewardModel.from_pretrained(name, 'cpu')
+    _merge(model.backbone.transformer)
     model.tokenizer.chat_template = CHAT_TEMPLATE
     with new_folder(out) as new:
         model.backbone.transformer.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
 
-# %% ../nbs/53_share.ipynb #f5dffcc4
-def _parser():
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.share', description='Share a trained reward model.')
-    sub = p.add_subparsers(dest='what', required=True)
-    card = sub.add_parser('card', help='print the model card of a run')
-    push = sub.add_parser('push', help='put a run\'s model and its card on the hub, in one commit')
-    plain = sub.add_parser('export', help='write the backbone as a plain T5 for transformers')
-    for s in (card, push): s.add_argument('run', help='a finished run: desc-…,index-…'); s.add_argument('--license', help='such as apache-2.0')
-    push.add_argument('repo', help='your-name/a-name'); push.add_argument('--public', action='store_true', help='for all to see (default: private)'); push.add_argument('--update', action='store_true', help='add a commit to a repository that is there')
-    plain.add_argument('model', help='the best_model folder of a run, or a model id of the hub'); plain.add_argument('out', help='a new folder')
-    return p
-
 # %% ../nbs/53_share.ipynb #08ad1178
-def _say(text):
-    try: print(text, flush=True)
-    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); raise      # what is buffered goes nowhere
-
-def main(argv:list[str]|None=None # default: the command line
-        ) -> int: # exit code: 0 done, 1 nobody reads, 2 bad input, 130 interrupted
+@program(share_parser, failures=(SafetensorError,))    # its writer's own kind of a full disk
+def main(args):
     "The command `python -m rlhf_flant5.share`."
-    args = _parser().parse_args(argv)
-    try:
-        if args.what == 'card': _say(model_card(args.run, license=args.license).rstrip('\n'))
-        elif args.what == 'push': _say(push_to_hub(args.run, args.repo, private=not args.public, update=args.update, license=args.license))
-        else: export_backbone(args.model, args.out)
-    except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
-    except BrokenPipeError: return 1
-    except SafetensorError as e: print(f'error: {args.out}: {first_line(e)}', file=sys.stderr); return 2       # its writer's own kind of a full disk
-    except OSError as e: print(f'error: {e.filename2 or e.filename or args.what}: {e.strerror or first_line(e)}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('interrupted', file=sys.stderr); return 130
-    return 0
+    if args.what == 'card': print(model_card(args.run, license=args.license).rstrip('\n'))
+    elif args.what == 'push': print(push_to_hub(args.run, args.repo, private=not args.public, update=args.update, license=args.license))
+    else: export_backbone(args.model, args.out)
 
 # %% ../nbs/53_share.ipynb #bf8ae713
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -1,11 +1,10 @@
-"Folders that stand for what can't be fetched: a narrow FLAN-T5 with the toy world's tokenizer, and pairs in the layout of the hub's data set."
-import gzip, json, os, subprocess, sys
+"Folders that stand for what can't be fetched: a narrow FLAN-T5 with the toy world's tokenizer, a tokenizer of T5's kind, pairs in the layout of the hub's data set."
+import gzip, io, json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
 root = Path(__file__).parent.parent
-shared = root.parent/'shared'   # real pairs and the real tokenizer, on some machines
 
 
 def program(*args, **kwargs):
@@ -33,6 +32,23 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def t5_tokenizer(tmp_path_factory):
+    "A tokenizer as T5 is given away: spiece.model and tokenizer.json, padding, end and unknown token first, 100 sentinels, letters folded by NFKC, no piece for '<'."
+    import sentencepiece
+    from transformers import T5Tokenizer
+    from rlhf_flant5.toy import toy_pairs
+    folder, model, pairs = tmp_path_factory.mktemp('t5-tokenizer'), io.BytesIO(), toy_pairs(400, seed=5)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(pairs['chosen'][:] + pairs['rejected'][:]), model_writer=model, vocab_size=300, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name='nmt_nfkc', required_chars='/>_0123456789', num_threads=1, minloglevel=2)
+    (folder/'spiece.model').write_bytes(model.getvalue())
+    config = dict(tokenizer_class='T5Tokenizer', extra_ids=100, pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
+    (folder/'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
+    T5Tokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def pairs_folder(tmp_path_factory):
     from rlhf_flant5.toy import toy_pairs
     folder = tmp_path_factory.mktemp('pairs')
@@ -48,6 +64,11 @@ def pairs_folder(tmp_path_factory):
 def results(tmp_path, monkeypatch):
     monkeypatch.setenv('RESULTS_ROOT_DIR', str(tmp_path))
     return tmp_path
+
+
+def summary_of(run):
+    "What a finished run says of itself."
+    return json.loads((run/'results'/'summary.json').read_text(encoding='utf-8'))
 
 
 short = ['training.loop.n_batches=2', 'training.loop.train_batch_size=8', 'device_name=cpu', 'sim_man.allow_untracked=true']

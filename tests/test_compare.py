@@ -56,15 +56,15 @@ def test_sweep_goes_on(results, capsys):
     "A sweep over one seed, then over two in the same process: what is done is left alone and counted once."
     what = lambda n: ['--readouts', 'decoder_output', '--seeds', str(n), '--transformer', 'frozen', '-j', '2', '--no-baselines', 'experiment=toy', 'desc=s', 'data.n_train_data=64', 'data.n_test_data=64',
                       'training.loop.n_val_data=64', 'training.loop.n_batches=2', 'sim_man.allow_untracked=true']
-    done = program('rlhf_flant5.sweep', *what(1)); assert done.returncode == 0 and '1 runs, 0 of them done' in done.stdout, done.stderr
-    done = program('rlhf_flant5.sweep', *what(2)); assert done.returncode == 0 and '2 runs, 1 of them done; 1 processes to start' in done.stdout and '[2/2]' in done.stdout, done.stdout + done.stderr
+    done = program('rlhf_flant5.sweep', *what(1)); assert done.returncode == 0 and '1 run, 0 of them done' in done.stdout, done.stderr
+    done = program('rlhf_flant5.sweep', *what(2)); assert done.returncode == 0 and '2 runs, 1 of them done; 1 process to start' in done.stdout and '[2/2]' in done.stdout, done.stdout + done.stderr
     assert sweep.main([*what(2), '--dry-run']) == 0 and '2 of 2 done' in capsys.readouterr().out
 
 
 def test_a_failing_run_does_not_stop_the_others(results):
     "A rate that ends in NaN: its run fails and says so, the other is done."
     done = program('rlhf_flant5.sweep', '--readouts', 'decoder_output', '--seeds', '1', '--transformer', 'trained', '--no-baselines', 'experiment=toy', 'desc=f', 'training.optimizer.init_lr=1e30,1e-4', 'training.optimizer.max_grad_norm=null',
-                   'training.optimizer.n_warmup_batches=0', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=3', 'sim_man.allow_untracked=true')
+                   'training.optimizer.warmup=0', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=3', 'sim_man.allow_untracked=true')
     assert done.returncode == 2 and 'failed with 2: error: ' in done.stdout and '[1/2]' in done.stdout, done.stdout + done.stderr
 
 

@@ -44,7 +44,7 @@ def test_help_and_bad_input(tmp_path, capsys):
 
 
 def refused(*_): raise OSError(errno.EIO, os.strerror(errno.EIO), '/disk\x1b[2J')
-@pytest.mark.parametrize('instead, code, says', [(refused, 2, r'error: /disk\x1b[2J: Input/output error'), (lambda *_: signal.raise_signal(signal.SIGINT), 75, 'interrupted (SIGINT)')])
+@pytest.mark.parametrize('instead, code, says', [(refused, 1, r'failed: /disk\x1b[2J: Input/output error'), (lambda *_: signal.raise_signal(signal.SIGINT), 75, 'interrupted (SIGINT)')])
 def test_a_bad_disk_and_ctrl_c_are_one_line(tmp_path, capsys, monkeypatch, instead, code, says):
     monkeypatch.setattr(explore, 'try_rows', instead)       # while a file is read
     assert main(['check', *settings(write(tmp_path/'sums', well, well[:3]))]) == code

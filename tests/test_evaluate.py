@@ -123,7 +123,7 @@ def test_nothing_is_written_through_a_link(saved, pairs, tmp_path, capsys):
 
 
 def failing(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-@pytest.mark.parametrize('instead, code, says', [(failing, 2, 'error: {out}: No space left on device; name another folder with --out'), (lambda *_: signal.raise_signal(signal.SIGINT), 75, 'interrupted (SIGINT)')])
+@pytest.mark.parametrize('instead, code, says', [(failing, 1, 'failed: the system: No space left on device; name another folder with --out'), (lambda *_: signal.raise_signal(signal.SIGINT), 75, 'interrupted (SIGINT); the same command begins again')])
 def test_a_full_disk_and_ctrl_c_are_one_line(saved, pairs, tmp_path, capsys, monkeypatch, instead, code, says):
     monkeypatch.setattr(ev, 'write_file', instead); out = tmp_path/'out'
     assert ev.main([str(saved), str(write(tmp_path/'few.jsonl', rows(pairs[:5], 'hh'))), '--out', str(out), '--device', 'cpu', '--too-long', 'truncate_left']) == code

@@ -138,6 +138,36 @@ def test_damage_is_mended(tmp_path, few, caplog, damage, again):
     few.pairs = 0; keep_states(backbone, batches, tmp_path); assert few.pairs == 0
 
 
+@pytest.fixture
+def read_only(monkeypatch):
+    "The cache lies on a mount that can only be read: whatever is opened to write, made or locked there is refused."
+    def read_only(folder):
+        def refuse(*_, **__): raise OSError(errno.EROFS, 'Read-only file system')
+        def guarded(path, mode='r', *args, **kwargs): return refuse() if {*mode} & {*'wax+'} else open(path, mode, *args, **kwargs)
+        monkeypatch.setattr(os, 'access', lambda path, mode: not mode & os.W_OK)
+        monkeypatch.setattr(features, 'open', guarded, raising=False)
+        monkeypatch.setattr(features.Path, 'mkdir', refuse)
+        monkeypatch.setattr(features, 'FileLock', refuse)
+    return read_only
+
+
+def test_a_whole_entry_of_a_read_only_cache_is_used(tmp_path, few, caplog, read_only):
+    backbone, batches = world()
+    want = np.array(keep_states(backbone, batches, tmp_path).states)
+    few.pairs = 0; read_only(tmp_path)
+    with caplog.at_level(logging.INFO, 'rlhf_flant5.features'): kept = keep_states(backbone, batches, tmp_path)
+    assert (kept.states == want).all() and few.pairs == 0 and 'states kept: ' in caplog.text
+
+
+@pytest.mark.parametrize('damage', [lambda e: flip(e/'states.bin', 777), lambda e: os.truncate(e/'states.bin', N*512 - 1), lambda e: (e/'journal').unlink(), shutil.rmtree],
+                         ids='flipped-byte cut-off no-journal no-entry'.split())
+def test_half_an_entry_of_a_read_only_cache_is_refused(tmp_path, few, read_only, damage):
+    backbone, batches = world(); keep_states(backbone, batches, tmp_path)
+    damage(entry(tmp_path)); few.pairs = 0; read_only(tmp_path)
+    with pytest.raises(ConfigError, match='cannot be kept here .Read-only file system.; make room, or set RLHF_FLANT5_CACHE'): keep_states(backbone, batches, tmp_path)
+    assert few.pairs == 0
+
+
 def test_full_disk_before_any_work(tmp_path, few, monkeypatch):
     backbone, batches = world()
     def refused(): 

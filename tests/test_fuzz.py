@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, strategies as st
 from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from conftest import examples, program, shared
+from conftest import examples, program
 from rlhf_flant5 import config, data
 from rlhf_flant5.config import RULES, ConfigError, best_device, choices, load_config
 from rlhf_flant5.data import MAX_LINE, data_file, encode, load_tokenizer, prepare_splits, read_pairs, read_rows, resolve_folder, tokenize_pairs
@@ -240,15 +240,15 @@ def test_folders(tmp_path_factory, files):
 # tokens
 
 @pytest.fixture(scope='module')
-def tokenizers():
-    "The toy world's; one of T5's kind, which folds variants of letters and holds its special tokens as pieces; T5's own where it is."
+def tokenizers(t5_tokenizer):
+    "The toy world's; one that folds variants of letters and holds its special tokens as pieces; one as T5 is given away."
     tk = Tokenizer(models.Unigram()); tk.pre_tokenizer = pre_tokenizers.Metaspace()
     tk.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(r'\s+'), ' ')])
     extra = [f'<extra_id_{i}>' for i in range(10)]
     tk.train_from_iterator(['\n\nHuman: What ends a text?\n\nAssistant: </s> and <extra_id_0>'], trainers.UnigramTrainer(vocab_size=80, special_tokens=['<pad>', '</s>', '<unk>', *extra], unk_token='<unk>', show_progress=False))
     tk.post_processor = processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
     small = PreTrainedTokenizerFast(tokenizer_object=tk, pad_token='<pad>', eos_token='</s>', unk_token='<unk>', additional_special_tokens=extra)
-    return [toy_tokenizer(), small] + [load_tokenizer(str(shared/'t5-tokenizer'))]*(shared/'t5-tokenizer').is_dir()
+    return [toy_tokenizer(), small, load_tokenizer(str(t5_tokenizer))]
 
 
 wide = {ord(a): b for a, b in zip('<>/sexp', '＜＞／ｓｅｘｐ')}

@@ -1,13 +1,14 @@
 "Several processes: the same training, exact evaluation, one that fails or dies, states computed together."
-import json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, time
+import gzip, json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest, torch
-from rlhf_flant5 import features, loop
+from rlhf_flant5 import features, loop, train
 from rlhf_flant5.config import ConfigError
-from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.processes import launch, rank
 from rlhf_flant5.runs import Run, find_runs
+from rlhf_flant5.score import RewardModel
 from rlhf_flant5.train import main
 from conftest import program
 from test_survive import where
@@ -80,6 +81,17 @@ def test_same_training(tmp_path, run, settings, alone, n, strategy):
     assert np.allclose(model(**pad_ids(encode(model.tokenizer, texts), 0)).tolist(), rewards(tmp_path)[[0, 7]].flatten(), atol=1e-5)
 
 
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_rewards_of_the_saved_model(tmp_path, run, settings, strategy):
+    "Trained in bf16 by two processes: the tables hold what the saved model gives in float32, in one."
+    code, said = run(tmp_path, [*settings, 'training.precision=bf16', f'distributed.strategy={strategy}'], 2); assert code == 0, said[-2000:]
+    folder = find_runs(tmp_path/'results')[0]
+    rows = [json.loads(l) for l in gzip.open(folder/'data'/'test_texts.jsonl.gz', 'rt', encoding='utf-8')]
+    given = RewardModel.from_pretrained(folder/'simulation'/'best_model').score([r[side] for r in rows for side in ('chosen', 'rejected')])
+    assert summary(tmp_path)['precision'] == 'bf16' and given.std() > 1e-3
+    assert abs(given - rewards(tmp_path).flatten()).max() < 1e-5
+
+
 def find_pairs(settings):
     from rlhf_flant5.data import read_rows
     folder = Path(next(s for s in settings if s.startswith('data.name=')).removeprefix('data.name='))
@@ -129,6 +141,84 @@ def test_one_dies_all_end_and_go_on(tmp_path, run, settings, alone):
     assert code == 128 + signal.SIGKILL and 'process 2 of 2 was killed' in said and 'Traceback' not in said, said[-2000:]
     code, said = run(tmp_path, [*settings, 'resume=true'], 2); assert code == 0 and 'goes on after batch 4' in said, said[-2000:]
     assert abs(losses(alone) - losses(tmp_path)).max() < 1e-6
+
+
+def test_fsdp_with_adapters(tmp_path, run, settings):
+    "Trains as one process does, and a run that was cut short finds the weights that it began with, shared out or not."
+    lora = [*settings, 'model.lora.r=2']
+    code, said = run(tmp_path/'one', lora, 1); assert code == 0, said[-2000:]
+    code, said = run(tmp_path/'two', [*lora, 'distributed.strategy=fsdp'], 2, stop_at_6); assert code == 75, said[-2000:]
+    code, said = run(tmp_path/'two', [*lora, 'resume=true'], 1); assert code == 0 and 'goes on after batch 6' in said, said[-2000:]
+    assert abs(losses(tmp_path/'one') - losses(tmp_path/'two')).max() < 1e-6
+    assert np.allclose(rewards(tmp_path/'one'), rewards(tmp_path/'two'), atol=1e-5)
+
+
+def unexpected_in(who):
+    "An error that nobody foresaw, before the first step: in the first process while the other waits for it, or in the other."
+    def failing(loops, share): raise LookupError(f'nobody foresaw this in {rank()}')
+    if who == 0: train.begin_runs = lambda *_: failing(None, None)
+    else:
+        steps = train.run_loops
+        train.run_loops = lambda *args: failing(*args) if rank() == who else steps(*args)
+def unexpected_in_the_first(): unexpected_in(0)
+def unexpected_in_the_other(): unexpected_in(1)
+
+
+@pytest.mark.parametrize('change, who', [(unexpected_in_the_first, 0), (unexpected_in_the_other, 1)])
+def test_an_unexpected_error_is_shown(tmp_path, run, settings, change, who):
+    code, said = run(tmp_path, settings, 2, change)
+    assert code == 1 and said.count('Traceback (most recent call last)') == 1, said[-2000:]
+    assert f'process {who + 1} of 2:' in said and said.count(f'LookupError: nobody foresaw this in {who}') == 1, said[-2000:]
+
+
+def deaf(behaviour, folder):
+    "A process that does not hear SIGTERM; the other one dies of it, or fails, or is killed."
+    me = int(os.environ['RANK'])
+    if me == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(folder)/f'ready-{me}').touch()
+    if me == 1 or behaviour == 'asked': time.sleep(60)
+    if behaviour == 'killed': os.kill(os.getpid(), signal.SIGKILL)
+    return 2
+
+
+def led(behaviour, folder):
+    os.dup2(os.open(folder/'said', os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(launch(2, deaf, behaviour, folder, method='fork', grace=.5))
+
+
+@pytest.mark.parametrize('behaviour, code, says', [
+    ('asked', 75, 'interrupted (SIGTERM); go on with resume=true'), ('fails', 2, ''), ('killed', 128 + signal.SIGKILL, 'process 1 of 2 was killed (SIGKILL); out of memory?')])
+def test_who_is_ended_by_the_program_was_not_out_of_memory(tmp_path, run, behaviour, code, says):
+    p = multiprocessing.get_context('forkserver').Process(target=led, args=(behaviour, tmp_path)); p.start()
+    end = time.monotonic() + 60
+    while len([*tmp_path.glob('ready-*')]) < 2 and time.monotonic() < end: time.sleep(.02)
+    if behaviour == 'asked':
+        for _ in range(2): os.kill(p.pid, signal.SIGTERM); time.sleep(.1)
+    p.join(60)
+    said = (tmp_path/'said').read_text()
+    assert p.exitcode == code and says in said and said.count('\n') == (1 if says else 0), (p.exitcode, said)
+
+
+@pytest.mark.parametrize('named, says', [
+    (dict(WORLD_SIZE=''), "WORLD_SIZE=''"), (dict(WORLD_SIZE='abc'), "WORLD_SIZE='abc'"), (dict(WORLD_SIZE='0'), "WORLD_SIZE='0'"),
+    (dict(WORLD_SIZE='2'), 'WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+    (dict(WORLD_SIZE='2', RANK='2', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500'), "RANK='2': must be a whole number from 0 to 1"),
+    (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='x'), "MASTER_PORT='x'")], ids=lambda v: v if isinstance(v, str) else '')
+def test_half_a_group_is_refused(tmp_path, monkeypatch, capsys, settings, named, says):
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'): monkeypatch.delenv(name, raising=False)
+    for name, value in dict(named, RESULTS_ROOT_DIR=str(tmp_path)).items(): monkeypatch.setenv(name, value)
+    assert main(settings) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: ') and says in said and said.count('\n') == 1, said
+
+
+@pytest.mark.parametrize('began, warns', [(torch.get_num_threads() + 1, True), (torch.get_num_threads(), False), (None, False)])
+def test_other_threads_are_told(caplog, began, warns):
+    noted = {}
+    was = dict(n_threads=began) if began else {}
+    train.note_machine(SimpleNamespace(provenance=was, note=lambda **kw: noted.update(kw)), torch.device('cpu'))
+    assert noted == dict(device='cpu', n_processes=1, n_threads=torch.get_num_threads())
+    assert (f'begun with {began} threads' in caplog.text) == warns
 
 
 def test_a_mistake_is_told_once(tmp_path, run, settings):

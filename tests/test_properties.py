@@ -9,7 +9,7 @@ from hypothesis import assume, given, strategies as st
 from conftest import examples
 from rlhf_flant5.config import ConfigError
 from rlhf_flant5.data import PairBatches, cut_by_budget, deal, draw, epoch_order, first_human_turn, split_validation
-from rlhf_flant5.loop import is_due, learning_rate, n_due
+from rlhf_flant5.loop import is_due, learning_rate, n_due, n_warmup
 from rlhf_flant5.metrics import calibration_error, pair_scores, score_rows, wilson
 from rlhf_flant5.pooling import AttentionPooling, GeGLU, RewardHead, WeightedPooling
 
@@ -276,11 +276,17 @@ def test_calibration_by_counting(rows, n_bins):
 # intervals and rates
 
 @examples(200)
-@given(st.integers(1, 30), st.sampled_from(['per-epoch', 'epochs', 'batches', 'never']), st.integers(-1, 8), st.integers(1, 40), st.integers(1, 6))
-def test_intervals(val, kind, most, per_epoch, n_epochs):
-    "Never fewer than before and never two at once; at most as many as allowed; as many over whole epochs as the setting says, the last with the epoch's last batch."
-    i = types.SimpleNamespace(interval_val=val, interval_type=kind, max_n_intervals=most); total = n_epochs*per_epoch
+@given(st.integers(1, 30), st.sampled_from(['per-epoch', 'epochs', 'batches', 'never']), st.integers(-1, 8), st.integers(1, 40), st.integers(1, 6), st.integers(0, 50))
+def test_intervals(val, kind, most, per_epoch, n_epochs, floor):
+    "Never fewer than before and never two at once; at most as many as allowed; as many over whole epochs as the setting says, the last with the epoch's last batch; per epoch never closer than the floor."
+    i = types.SimpleNamespace(interval_val=val, interval_type=kind, max_n_intervals=most, min_batches=floor); total = n_epochs*per_epoch
     due = [n for n in range(1, total + 1) if is_due(i, n, per_epoch)]
+    if kind == 'per-epoch':
+        assert all(b - a >= floor for a, b in zip([0, *due], due))
+        if val*floor > per_epoch:         # the floor is what counts
+            every = [n for n in range(1, total + 1) if n % floor == 0]
+            assert due == (every if most < 0 else every[:most])
+            return
     counts = [n_due(i, n, per_epoch) for n in range(total + 1)]
     assert counts[0] == 0 and {b - a for a, b in zip(counts, counts[1:])} <= {0, 1} and len(due) == counts[-1]
     whole = {'per-epoch': n_epochs*min(val, per_epoch), 'epochs': n_epochs//val, 'batches': total//val, 'never': 0}[kind]
@@ -293,18 +299,25 @@ def test_intervals(val, kind, most, per_epoch, n_epochs):
             gaps = {b - a for a, b in zip([0, *due], due)}; assert max(gaps) - min(gaps) <= 1        # evenly
 
 
-rates = st.floats(1e-8, 1)
+rates, kinds = st.floats(1e-8, 1), st.sampled_from(['epochs', 'steps', 'linear', 'cosine', 'constant'])
 
 
-@examples(100)
-@given(rates, rates, st.integers(0, 50), st.integers(1, 20), st.integers(1, 30))
-def test_learning_rate(init, final, warmup, n_epochs, per_epoch):
-    "From the first rate to the last, by the same factor each epoch, constant within one behind the warm-up, which rises evenly and never exceeds."
-    opt = types.SimpleNamespace(init_lr=init, final_lr=final, n_warmup_batches=warmup)
-    rate = lambda epoch, n=10**9: learning_rate(opt, n_epochs, epoch, n)
-    ends = [rate(e) for e in range(n_epochs)]
-    assert ends[0] == pytest.approx(init) and (n_epochs == 1 or ends[-1] == pytest.approx(final))
-    assert all(min(init, final)*(1 - 1e-9) <= x <= max(init, final)*(1 + 1e-9) for x in ends)
+@examples(200)
+@given(rates, rates, kinds, st.one_of(st.integers(0, 50), st.floats(0, .99)), st.integers(1, 200), st.integers(1, 30))
+def test_learning_rate(init, final, schedule, warmup, n_total, per_epoch):
+    "From the first rate to the last, which the last batch has, never beyond either; the warm-up rises evenly; per epoch by the same factor each time."
+    opt = types.SimpleNamespace(init_lr=init, final_lr=final, schedule=schedule, warmup=warmup)
+    got = [learning_rate(opt, n, n_total, per_epoch) for n in range(n_total)]
+    warm = n_warmup(opt, n_total); peak = max(warm, 1) - 1
+    low, high = min(init, final)*(1 - 1e-9), max(init, final)*(1 + 1e-9)
+    assert all(x <= high for x in got) and all(x >= low for x in got[peak:])
+    if schedule != 'epochs':
+        assert got[:warm] == pytest.approx([init*(n + 1)/warm for n in range(min(warm, n_total))])
+        if n_total > max(warm, 1): assert got[-1] == (init if schedule == 'constant' else final)      # to the bit
+        assert all((b - a)*np.sign(final - init) >= -1e-9*high for a, b in zip(got[peak:], got[peak + 1:]))      # one way only
+        return
+    if peak < n_total and n_total > per_epoch: assert got[-1] == pytest.approx(final)
+    ends = [got[n]/min(1, (n + 1)/max(warm, 1)) for n in range(0, n_total, per_epoch)]
+    assert ends[0] == pytest.approx(init)
     for a, b, c in zip(ends, ends[1:], ends[2:]): assert a*c == pytest.approx(b*b)
-    for n in range(n_epochs*per_epoch):
-        assert rate(n//per_epoch, n) == pytest.approx(ends[n//per_epoch]*(min(1, (n + 1)/warmup) if warmup else 1))
+    for n in range(n_total): assert got[n] == pytest.approx(ends[n//per_epoch]*min(1, (n + 1)/max(warm, 1)))

@@ -1,12 +1,16 @@
 "Scores as a user gets them: alone and in batches for each readout, and the program on streams, with bad lines, killed and resumed."
-import gzip, json, os, random, signal, subprocess, sys, time
+import gzip, io, json, os, pydoc, random, re, shutil, signal, subprocess, sys, time
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from conftest import root
 from rlhf_flant5.backbone import Backbone
-from rlhf_flant5.config import ConfigError, choices, set_seed
+from rlhf_flant5.config import ConfigError, best_device, choices, set_seed
+from rlhf_flant5.data import load_tokenizer
 from rlhf_flant5.models.base import readout_class
-from rlhf_flant5.score import dialogue, main, numbered_lines, score_lines, windows
+from rlhf_flant5.score import RewardModel, dialogue, main, numbered_lines, score_lines, windows
+from rlhf_flant5.share import export_backbone
 from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
 from transformers import T5EncoderModel, T5Model
 
@@ -59,7 +63,6 @@ def test_prompts_that_are_no_plain_question():
 
 
 def test_memory_that_does_not_suffice(monkeypatch):
-    import torch
     model = build('decoder_output'); monkeypatch.setattr(type(model), 'features', lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(ConfigError, match='4,096 tokens at once do not fit'): model.score(texts)
 
@@ -146,3 +149,73 @@ def test_reader_that_leaves_early(folder, tmp_path):
     p = start(folder, str(tmp_path/'in'), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert json.loads(p.stdout.readline())['line'] == 1
     p.stdout.close(); assert (p.stderr.read(), p.wait()) == (b'', 1)
+
+
+# ---- as a library
+
+def as_run(folder, tmp_path):
+    run = tmp_path/'desc-x,index-0'
+    (run/'simulation').mkdir(parents=True)
+    shutil.copytree(folder, run/'simulation'/'best_model')
+    return run
+
+
+def test_a_runs_folder_is_a_models_too(folder, tmp_path, capsys):
+    run = as_run(folder, tmp_path)
+    (tmp_path/'in.jsonl').write_bytes(rows(2))
+    assert RewardModel.from_pretrained(run).score(texts[0]) == RewardModel.from_pretrained(folder).score(texts[0])
+    assert main([str(run), str(tmp_path/'in.jsonl')]) == 0 and capsys.readouterr().out.count('"reward"') == 2
+    export_backbone(run, tmp_path/'t5')
+    assert (tmp_path/'t5'/'model.safetensors').exists()
+
+
+def test_loaded_where_it_is_asked_for(folder):
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match='not available here; this machine has'): RewardModel.from_pretrained(folder, device='cuda')
+    model = RewardModel.from_pretrained(folder, device='cpu', dtype=torch.bfloat16)
+    whole = RewardModel.from_pretrained(folder, device=torch.device('cpu'))
+    assert model.backbone.transformer.dtype == torch.bfloat16 and whole.backbone.transformer.dtype == torch.float32
+    assert np.corrcoef(model.score(texts), whole.score(texts))[0, 1] > .98
+    assert RewardModel.from_pretrained(folder).backbone.transformer.device.type == best_device().type
+
+
+def test_a_plain_t5_is_named_as_such(folder, model_folder, tmp_path, capsys):
+    for name in (model_folder, as_run(folder, tmp_path), folder):
+        given, says = (RewardModel.from_pretrained, 'this is a plain T5, not a reward model; train one with') if name == model_folder else (load_tokenizer, 'this is a saved reward model, not a plain T5')
+        with pytest.raises(ConfigError, match=says): given(str(name))
+    assert main([str(model_folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'this is a plain T5' in said
+
+
+def test_saved_again_with_what_it_knows(folder, tmp_path):
+    model = RewardModel.from_pretrained(folder, 'cpu')
+    model.save_pretrained(tmp_path/'again', note='mine')
+    again = RewardModel.from_pretrained(tmp_path/'again', 'cpu')
+    assert again.config == model.config | dict(note='mine') and again.score(texts[0]) == model.score(texts[0])
+    del model.tokenizer
+    with pytest.raises(ConfigError, match=r'no tokenizer to save; give one, as save_pretrained\(folder, tokenizer\)'): model.save_pretrained(tmp_path/'none')
+    assert not (tmp_path/'none').exists()
+
+
+def test_compare_takes_a_prompt_and_two_responses():
+    model = build('decoder_output')
+    p = model.compare(('a', 'yes'), ('a', 'no'))
+    assert model.compare('a', 'yes', 'no') == model.compare([dict(role='user', content='a')], 'yes', 'no') == p
+    assert [*model.compare(['a', 'a'], ['yes', 'no'], ['no', 'yes'])] == pytest.approx([p, 1 - p])
+    assert model.compare(a=texts[0], b=texts[0]) == .5
+
+
+def test_help_shows_the_parameters():
+    for f, shown in ((RewardModel.score, 'token_budget: padded tokens at once'), (RewardModel.from_pretrained, 'device: None: the best there is'), (RewardModel.compare, 'prompt: a plain question'),
+                     (RewardModel.save_pretrained, "tokenizer: None: the model's own"), (dialogue, 'returns: as HH-RLHF writes it')):
+        assert shown in pydoc.render_doc(f, renderer=pydoc.plaintext)
+
+
+def test_an_explanation_as_a_table_and_as_one_figure():
+    why = build('layerwise_attention').explain(texts[0])
+    assert [*why.table] == ['token', 'read', 'moved'] and np.array_equal(why.table.moved, why.token_effects)
+    assert not re.search(r'[-+]0\.00(?!\d)', repr(why)) and repr(why).count('\n') == len(why.tokens) + 1 and '<table' in why._repr_html_()
+    fig = why.plot()
+    assert plt.get_fignums() == [] and [ax.get_ylabel() for ax in fig.axes if ax.get_label() == '<colorbar>'] == ['weight', 'change']
+    fig.savefig(io.BytesIO())

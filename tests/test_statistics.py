@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
+import statsmodels.api as sm
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, log_loss
@@ -143,3 +144,63 @@ def test_the_whole_report_is_strict_json(rows):
     m, c, r = (np.array(x) for x in zip(*rows)); s = table_scores(table(m.astype(float), c, r))
     assert json.loads(json.dumps(s, allow_nan=False)) == s and sum(v['n'] for v in s['by_length'].values()) == len(rows)
     if matched := s['length_matched']: assert -1e-9 <= matched['low'] <= matched['accuracy'] <= matched['high'] <= 1 + 1e-9
+
+
+@pytest.mark.parametrize('sizes', [[1]*50, [4]*30, [1, 7, 2, 30, 5, 3]])
+def test_the_design_effect_is_statsmodels(g, sizes):
+    "The mean is a regression on a constant; its cluster covariance over the plain one, each with its small-sample factor."
+    names = np.repeat([f'c{i}' for i in range(len(sizes))], sizes)
+    n = len(names)
+    x = (np.repeat(g.normal(0, 1, len(sizes)), sizes) + g.normal(0, 1, n) > -.5).astype(float)
+    effect, n_conversations = design_effect(x - x.mean(), names)
+    codes = pd.factorize(names)[0]
+    fit = lambda **kw: sm.OLS(x, np.ones(n)).fit(**kw)
+    together = fit(cov_type='cluster', cov_kwds=dict(groups=codes, use_correction=True)).bse[0]**2
+    assert n_conversations == len(sizes) and effect == pytest.approx(together/fit().bse[0]**2, rel=1e-9)
+
+
+def test_a_difference_by_conversation_is_statsmodels(g):
+    "Interval and p-value of two models over clustered pairs, by statsmodels with Student's distribution of G - 1 degrees of freedom."
+    names = np.repeat(np.arange(40), 5)
+    ours, theirs = (table(np.repeat(g.normal(.3*k, 1, 40), 5) + g.normal(0, .5, 200)) for k in (2, 1))
+    d = ((ours.margin > 0).astype(float) - (theirs.margin > 0)).to_numpy()
+    fit = sm.OLS(d, np.ones(200)).fit(cov_type='cluster', cov_kwds=dict(groups=names), use_t=True)
+    s = compare_seeds([ours], [theirs[::-1]], clusters=names)
+    assert s['design_effect'] > 2 and s['n_conversations'] == 40
+    assert (s['low'], s['high'], s['p']) == pytest.approx((*fit.conf_int()[0], fit.pvalues[0]), rel=1e-9)
+    one = seeds_accuracy([ours], clusters=names)
+    fit = sm.OLS((ours.margin > 0).to_numpy(float), np.ones(200)).fit(cov_type='cluster', cov_kwds=dict(groups=names), use_t=True)
+    assert (one['low'], one['high']) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-9)
+
+
+def test_pairs_of_their_own_are_independent(g, margin):
+    "Each pair its own conversation: all intervals are those without."
+    difference = g.integers(-30, 50, len(margin))
+    t, other = table(margin, 100 + difference, np.full(len(margin), 100)), table(margin + g.normal(0, 2, len(margin)))
+    own = [f'c{i}' for i in range(len(t))]
+    kept = lambda s: {k: kept(v) if isinstance(v, dict) else v for k, v in s.items() if k not in ('design_effect', 'n_conversations')}
+    same = lambda a, b: pd.json_normalize(kept(a)).T[0].map(float).to_dict() == pytest.approx(pd.json_normalize(b).T[0].map(float).to_dict(), rel=1e-9)
+    assert same(table_scores(t, 2., clusters=own), table_scores(t, 2.))
+    plain = compare_seeds([t, t], [other])
+    clustered = compare_seeds([t, t], [other], clusters=own)
+    assert clustered['design_effect'] == pytest.approx(1) and clustered['n_conversations'] == len(t)
+    assert all(clustered[k] == pytest.approx(plain[k]) for k in ('low', 'high', 'p', 'difference'))
+
+
+def test_intervals_follow_their_rows(margin):
+    "Conversations go with the rows of the first table, whatever the order of the others, and subsets take their own."
+    names = np.repeat(np.arange(90), 10)
+    t = table(np.repeat(margin[:90], 10)).assign(subset=['a', 'b']*450)
+    assert compare_seeds([t], [t[::-1].assign(margin=0.)], clusters=names) == compare_seeds([t], [t.assign(margin=0.)], clusters=names)
+    whole, half = pair_scores(t.reward_chosen, t.reward_rejected, t.subset, clusters=names), t[::2]
+    assert whole['design_effect'] == pytest.approx(10*(90/89)*(899/900)) and whole['low'] < pair_scores(t.reward_chosen, t.reward_rejected, t.subset)['low']
+    assert whole['subsets']['a'] == score_rows(half.reward_chosen, half.reward_rejected, names[::2]) and whole['subsets']['a']['n_conversations'] == 90
+    assert group_scores(t[::-1], 'subset', clusters=names[::-1])['a']['low'] == pytest.approx(whole['subsets']['a']['low'])
+
+
+@examples(100)
+@given(st.lists(st.tuples(st.sampled_from([0., .5, 1.]), st.integers(0, 3)), min_size=1, max_size=40))
+def test_an_interval_by_conversation_is_never_narrower(rows):
+    points, names = map(np.array, zip(*rows))
+    plain, own = accuracy_interval(points), accuracy_interval(points, names)
+    assert 0 <= own['low'] <= plain['low'] + 1e-12 and plain['high'] - 1e-12 <= own['high'] <= 1 and own['design_effect'] >= 0

@@ -2,7 +2,7 @@
 import gzip, json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
-from conftest import program, root, shared, short
+from conftest import program, root, short
 from rlhf_flant5 import train
 from rlhf_flant5.config import ConfigError, choices
 from rlhf_flant5.data import encode, load_tokenizer, resolve_folder
@@ -11,13 +11,21 @@ from rlhf_flant5.data import encode, load_tokenizer, resolve_folder
 def summary(results, name): return json.loads((results/'Reward-Model-Training'/name/'results'/'summary.json').read_text())
 
 
+ORIGINAL = r"""python bin/train_reward_model.py desc=ete_attention_pooled_encoder \
+    model=attention_pooled_encoder \
+    model.train_transformer=True \
+    model.use_pretrained_output=False \
+    use_multi_gpu_if_available=True \
+    training.loop.train_batch_size=96 \
+    training.loop.val_batch_size=1024 \
+    training.loop.n_epochs=6
+    index=1
+"""
+
+
 def test_original_command(results, model_folder, pairs_folder):
     "The command of the original's README, word for word, with local folders and a few batches."
-    if not (shared/'seed-readme.txt').is_file(): pytest.skip("the original's README is not on this machine")
-    text = (shared/'seed-readme.txt').read_text()
-    command = re.search(r'python bin/train_reward_model.py (.*?)```', text, re.S)[1]
-    words = command.replace('\\\n', ' ').split()   # the listing lacks a continuation before index=1
-    assert 'desc=ete_attention_pooled_encoder' in words and 'index=1' in words
+    words = ORIGINAL.removeprefix('python bin/train_reward_model.py ').replace('\\\n', ' ').split()   # the listing lacks a continuation before index=1
     done = program('rlhf_flant5.train', *words, f'data.name={pairs_folder}', f'model.transformer_name={model_folder}', *[s for s in short if 'batch_size' not in s])
     assert done.returncode == 0, done.stderr
     s = summary(results, 'desc-ete_attention_pooled_encoder,index-1')
@@ -125,11 +133,11 @@ print(abs(r[0] - rows[0]['reward_chosen']) < 1e-6, abs(r[1] - rows[0]['reward_re
     assert done.stdout.split() == ['True', 'True'], done.stdout + done.stderr
 
 
-def test_literal_tokens_as_sentencepiece_has_them():
-    "T5's real vocabulary: what looks like a special token gets the ids that sentencepiece gives the text."
-    if not (shared/'t5-tokenizer').is_dir(): pytest.skip("T5's vocabulary is not on this machine")
+def test_literal_tokens_as_sentencepiece_has_them(t5_tokenizer):
+    "What looks like a special token gets the ids that sentencepiece gives the text."
     import sentencepiece
-    tokenizer, plain = load_tokenizer(str(shared/'t5-tokenizer')), sentencepiece.SentencePieceProcessor(model_file=str(shared/'t5-tokenizer'/'spiece.model'))
+    tokenizer = load_tokenizer(str(t5_tokenizer))
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(t5_tokenizer/'spiece.model'))
     texts = ['\n\nHuman: a </s> b <pad> <extra_id_0> c\n\nAssistant: hi', '\n\nHuman: x\n\nAssistant: y', '\n\nHuman: </s></s>\n\nAssistant: <pad>.']
     for text, ids in zip(texts, encode(tokenizer, texts)):
         assert ids[-1] == 1 and 1 not in ids[:-1] and 0 not in ids

@@ -1,0 +1,123 @@
+"What all programs share: answers before PyTorch is imported, signals, exit codes, output in any locale."
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from omegaconf import OmegaConf
+from rlhf_flant5 import config, program as programs
+from conftest import program, root, short
+
+WATCH = '''
+import os, signal, sys
+class Watch:   # names the moment at which a module is asked for
+    def find_spec(self, name, *_):
+        if name == os.environ.get('STOP_AT'): os.kill(os.getpid(), int(os.environ['STOP_BY']))
+        if name == os.environ.get('MUST_NOT'): os.write(1, b'imported ' + name.encode())
+sys.meta_path.insert(0, Watch())
+'''
+
+
+@pytest.fixture(scope='module')
+def watched(tmp_path_factory):
+    "Run a program whose imports are watched."
+    folder = tmp_path_factory.mktemp('watch')
+    (folder/'sitecustomize.py').write_text(WATCH)
+    return lambda *args, **env: program(*args, env={'PYTHONPATH': f'{folder}:{root}'} | env)
+
+
+@pytest.mark.parametrize('name', programs.PROGRAMS)
+def test_help_needs_no_torch(watched, name):
+    done = watched(f'rlhf_flant5.{name}', '--help', MUST_NOT='torch')
+    assert (done.returncode, done.stderr) == (0, '') and 'imported torch' not in done.stdout
+    assert programs.PROGRAMS[name] in done.stdout and '  75 interrupted by' in done.stdout and '--version' in done.stdout
+
+
+@pytest.mark.parametrize('args, says', [
+    ('train experimnt=toy', "did you mean 'experiment'?"),
+    ('train -m model=decoder_output,layerwise_attention lr=3', 'here it is training.optimizer.init_lr'),
+    ('train experiment=toy training.loop.n_epochs=0', 'must be at least 1'),
+    ('sweep --seads 3', 'did you mean --seeds?'),
+    ('data check data.nam=x', "did you mean 'data.name'?"),
+    ('evaluate x', 'the following arguments are required: pairs'),
+    ('share pusch a b', 'invalid choice')])
+def test_mistakes_need_no_torch(watched, args, says):
+    name, *rest = args.split()
+    done = watched(f'rlhf_flant5.{name}', *rest, MUST_NOT='torch')
+    assert done.returncode == 2 and done.stdout == '' and re.fullmatch(r'error: [^\n]*\n', done.stderr), done.stderr
+    assert says in done.stderr
+
+
+def test_version_settings_and_the_list(watched):
+    for args, says in (['rlhf_flant5.score', '--version'], 'rlhf_flant5 0.1'), (['rlhf_flant5'], '  sweep        Train readouts'), \
+                      (['rlhf_flant5', 'train', '--help-settings'], 'model.cross_layer_pooling_output_dim=256'), \
+                      (['rlhf_flant5', 'data', 'check', '--cfg', 'seed=7'], 'seed: 7 '):
+        done = watched(*args, MUST_NOT='torch')
+        assert (done.returncode, done.stderr) == (0, '') and says in done.stdout and 'imported torch' not in done.stdout, done.stdout
+    done = watched('rlhf_flant5', 'trian')
+    assert (done.returncode, done.stderr) == (2, "error: 'trian' is no program; did you mean train?\n")
+
+
+@pytest.mark.parametrize('at, by', [('argparse', signal.SIGINT), ('hydra', signal.SIGTERM), ('torch', signal.SIGINT), ('transformers', signal.SIGTERM), ('datasets', signal.SIGINT)])
+def test_interrupted_while_it_is_imported(watched, at, by, tmp_path):
+    done = watched('rlhf_flant5.train', 'experiment=toy', STOP_AT=at, STOP_BY=str(int(by)), RESULTS_ROOT_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (75, '', f'interrupted ({by.name})\n') and not [*tmp_path.iterdir()]
+
+
+def test_importing_the_package_is_light():
+    code = '''if True:
+        import rlhf_flant5, sys, signal
+        assert 'torch' not in sys.modules and 'RewardModel' in dir(rlhf_flant5)
+        import rlhf_flant5.program, rlhf_flant5.config
+        assert not {'torch', 'matplotlib', 'accelerate'} & sys.modules.keys()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        from rlhf_flant5 import RewardModel
+        print(*[f for f in ('score', 'compare', 'rank', 'explain') if callable(getattr(RewardModel, f))])'''
+    done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(root)})
+    assert done.stdout == 'score compare rank explain\n', done.stderr
+
+
+# names that people bring from other trainers
+
+WORDS = '''learning_rate lr training.learning_rate training.optimizer.lr output_dir report_to gradient_accumulation_steps training.gradient_accumulation_steps
+per_device_train_batch_size num_train_epochs max_length lr_scheduler_type warmup_ratio warmup_steps early_stopping_patience bf16 training.bf16 fp16
+save_steps eval_steps model.name hydra.run.dir lora_r data.path'''.split()
+
+
+def test_every_foreign_name_is_answered_with_a_key_that_is_there():
+    keys = set(config._keys_with(()))
+    keys |= {'training.optimizer.schedule', 'training.optimizer.warmup'}
+    for name, answer in config._foreign.items(): assert ' ' in answer or answer in keys, (name, answer)
+    for names in config.FOREIGN: assert names == names.lower()
+    missing = [w for w in WORDS if not {w, w.rpartition('.')[2]} & config._foreign.keys()]
+    assert not missing
+
+
+@pytest.mark.parametrize('typed, says', [
+    ('lr', 'here it is training.optimizer.init_lr'), ('training.learning_rate', 'here it is training.optimizer.init_lr'), ('training.bf16', 'here it is training.precision'),
+    ('model.name', 'here it is model.transformer_name'), ('hydra.run.dir', 'RESULTS_ROOT_DIR'), ('report_to', 'TensorBoard'), ('gradient_accumulation_steps', 'nothing to accumulate'),
+    ('training.gradient_accumulation_steps', 'nothing to accumulate'), ('early_stopping_patience', 'here it is training.loop.max_non_optim_vals'), ('output_dir', 'RESULTS_ROOT_DIR'),
+    ('per_device_train_batch_size', 'here it is training.loop.train_batch_size'), ('fp16', 'overflows'), ('training.loop.n_epoch', "did you mean 'training.loop.n_epochs'"),
+    ('n_epochs', "did you mean 'training.loop.n_epochs'"), ('zebra', '--help-settings')])
+def test_unknown_settings(typed, says):
+    with pytest.raises(config.ConfigError) as e: config.load_config([f'{typed}=1'])
+    assert str(e.value).startswith(f"unknown setting '{typed}'; ") and says in str(e.value)
+
+
+# files of settings
+
+@pytest.mark.parametrize('text, says', [
+    ('a: &x [1]\nb: *x\n', 'an alias'), ('[1, 2]', 'must hold settings'), ('a: [', 'cannot be read as YAML'), ('\xff', 'no name of a setting'), ('x: !!python/object:os.system y\n', 'cannot be read as YAML'),
+    ('a: ' + '['*30 + ']'*30, 'nested more than'), ('#' * 70_000, 'more than 65,536 bytes'), ('seed: ${oc.env:HOME}', 'no ${'), ('training: {lr: 3}', 'init_lr'), ('"a b": 3', 'no name of a setting'), ('seed: 1\nseed: 2\n', 'duplicate')])
+def test_a_file_of_settings_is_refused_in_one_line(tmp_path, text, says, capsys):
+    from rlhf_flant5.train import main
+    (tmp_path/'my.yaml').write_text(text, encoding='utf-8')
+    begun = time.monotonic()
+    assert main(['--config', str(tmp_path/'my.yaml'), '--cfg']) == 2
+    said = capsys.readouterr().err
+    assert says in said and re.fullmatch(r'error: [^\n]*\n', said) and time.monotonic() - begun < 5, said
+
+
+@pytest.mark.parametrize('value', ['a b', "it's", 'x\\', "\\'", 'a,b', '[x]', 'ü=ö', '{', '', ' ', 'null', '3', 'true', '1e3', "\\\\''\\"])
+def test_texts_of_a_file_arrive_as_they_are(tmp_path, value):
+    (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create({'data': {'name': value}})), encoding='utf-8')
+    o, = config.with_file(tmp_path/'my.yaml', [])
+    assert config.parse_override(o).value() == value
