@@ -179,7 +179,8 @@ def remove_leftovers(
     "Remove what a killed process left half-written below `folder`; a folder that was put aside for one that never came is put back."
     for p in sorted(folder.rglob('.*')):
         if re.fullmatch(r'\..+\.\d+', p.name) and p.is_file(): p.unlink()
-        if not (re.match(r'\.(new|old)-', p.name) and p.is_dir()): continue
+        half_done = re.match(r'\.(new|old)-', p.name) and p.is_dir() and not p.is_symlink()
+        if not half_done: continue
         if p.name.startswith('.old-'):
             for kept in p.iterdir():
                 if not (p.parent/kept.name).exists(): os.rename(kept, p.parent/kept.name)

@@ -2,6 +2,7 @@
 
 KILLS=200 makes the kill test longer (8 kills for each of its four kinds of run otherwise)."""
 import errno, json, multiprocessing, os, random, re, resource, shutil, signal, subprocess, sys, threading, time
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
 import pytest, torch
@@ -17,31 +18,41 @@ from conftest import root, program
 EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'), texts=(train, 'keep_texts'))
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), seal=(loop, 'seal'),
             scores=(train, 'final_scores'), summary=(train, 'finish'))
-ONCE = 'data', 'begin', 'scores', 'summary'         # in the life of a process
+ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
 PHASES = EARLY | LATE | dict(cache=(features.KeptStates, '_write'), close=(Run, '__exit__'))
 KILLED = {1: -signal.SIGKILL, 2: 128 + signal.SIGKILL}      # exit code of a run of so many processes; any other one is a crash
 
 
-def arm(phase, nth, delay):
-    "Kill this process within `delay` seconds of the nth call of a function."
+def kill(disk): os.kill(os.getpid(), signal.SIGKILL)
+
+def fill(disk):
+    "From now on the disk is full, or no file of this process may grow where there is no small disk to be had."
+    if not os.path.ismount(disk): return resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with open(disk/'filler', 'wb', buffering=0) as f:
+        for size in (2**20, 2**12):
+            with suppress(OSError):
+                while f.write(bytes(size)): pass
+
+
+def arm(phase, nth, delay, act, disk):
+    "Kill this process, or fill the disk, `delay` seconds after the nth call of a function."
     owner, name = PHASES[phase]; f, calls = getattr(owner, name), iter(range(1, 10**6))
     def armed(*args, **kwargs):
-        kill = os.getpid(), signal.SIGKILL
-        if next(calls) == nth: threading.Timer(delay, os.kill, kill).start() if delay else os.kill(*kill)
+        if next(calls) == nth: threading.Timer(delay, act, [disk]).start() if delay else act(disk)
         return f(*args, **kwargs)
     setattr(owner, name, armed)
 
 
-def work(argv, where, bomb=None):
+def work(argv, where, bomb=None, act=kill):
     torch.set_num_threads(1); features.SEGMENT = 16; os.environ.update(where)
-    if bomb and int(os.environ.get('RANK', 0)) == bomb[3]: arm(*bomb[:3])
+    if bomb and int(os.environ.get('RANK', 0)) == bomb[3]: arm(*bomb[:3], act, Path(where['RESULTS_ROOT_DIR']).parent)
     return main(argv)
 
 
-def attempt(argv, where, n=1, bomb=None, said=os.devnull):
+def attempt(argv, where, n=1, bomb=None, said=os.devnull, act=kill):
     "The program in `n` processes, in a process of its own; its words go to `said`."
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1); os.dup2(1, 2)
-    sys.exit(launch(n, work, argv, where, bomb, method='fork', grace=10) if n > 1 else work(argv, where, bomb))
+    sys.exit(launch(n, work, argv, where, bomb, method='fork', grace=10) if n > 1 else work(argv, where, bomb, act))
 
 
 @pytest.fixture(scope='module')
@@ -70,11 +81,11 @@ def where(folder):
 def digest(folder, name='') -> dict:
     "What a run leaves behind, but for times: that of `name`, or the only one."
     run = next(Run(f) for f in find_runs(folder/'results') if name in f.name)
-    timed = lambda k: 'per_second' in k or k in ('seconds', 'peak_memory_bytes')
+    timed = lambda k: 'per_second' in k or k in ('seconds', 'seconds_in_all', 'peak_memory_bytes')
     rows = [{k: v for k, v in json.loads(l).items() if not timed(k)} for l in (run.results/'history.jsonl').read_text().splitlines()]
     summary = {k: v for k, v in json.loads((run.results/'summary.json').read_text()).items() if not timed(k)}
     kept = {p.relative_to(run.dir).as_posix(): p for p in run.dir.rglob('*') if p.is_file() and not re.search(r'tfevents|changes-\d+', p.name)}
-    told = 'provenance.json', 'train.log', 'history.jsonl', 'summary.json', 'recent.json', 'state.json', 'digests.json', 'config.json'     # with times in them
+    told = 'provenance.json', 'train.log', 'history.jsonl', 'summary.json', 'recent.json', 'state.json', 'digests.json'     # with times in them
     return dict(history=rows, summary=summary, files={f: '' if p.name in told else sha256(p.read_bytes()).hexdigest() for f, p in sorted(kept.items())})
 
 
@@ -129,7 +140,7 @@ def goes_on(folder, spawn, settings, whole, desc='whole'):
 @pytest.mark.parametrize('n, how', [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_signals_ask_for_a_requeue(tmp_path, settings, whole, spawn, n, how):
     "The real program: SIGTERM and Ctrl-C write a checkpoint within the step and exit with 75; the same command goes on."
-    argv = [*settings, 'desc=whole', f'distributed.n_processes={n}']
+    argv = [*settings, 'desc=whole', *([f'distributed.n_processes={n}'] if n > 1 else [])]
     env = os.environ | where(tmp_path) | dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1')
     p = subprocess.Popen([sys.executable, '-m', 'rlhf_flant5.train', *argv], env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     history = tmp_path/'results'/'Reward-Model-Training'/'desc-whole,index-0'/'results'/'history.jsonl'; end = time.monotonic() + 120
@@ -159,6 +170,15 @@ def test_two_at_once(tmp_path, settings, whole, spawn):
 def test_a_run_that_is_done_stays(tmp_path, settings, whole, spawn):
     before = digest(whole); p = spawn([*settings, 'desc=whole'], where(whole), said=whole/'done'); p.join(120)
     assert p.exitcode == 0 and 'is done already' in (whole/'done').read_text() and digest(whole) == before
+
+
+def test_rights_of_a_finished_run(whole):
+    "Everybody whom the umask lets may read it; files of the record are closed, folders are not."
+    (whole/'probe').touch(); rights = (whole/'probe').stat().st_mode & 0o777; run = run_of(whole)
+    for p in run.dir.rglob('*'):
+        if p.name == '.lock': continue
+        want = rights | (rights & 0o444) >> 2 if p.is_dir() else rights if p.is_relative_to(run.results) else rights & 0o555
+        assert p.stat().st_mode & 0o777 == want, p
 
 
 def test_other_settings_are_refused_by_name(tmp_path, settings, whole, spawn):
@@ -262,6 +282,48 @@ def test_the_disk_refuses(tmp_path, settings, whole, spawn, harm, reason):
     run = run_of(tmp_path); [d.chmod(0o755) for d in (run.simulation, *run.simulation.rglob('*')) if d.is_dir()]
     assert [c.name for c in sorted((run.simulation/'checkpoints').glob('batch-*'))][-1] == 'batch-0000004' and not [*(run.simulation/'checkpoints').glob('.new-*')]
     assert 'goes on after batch 4 of 12' in goes_on(tmp_path, spawn, settings, whole)
+
+
+@contextmanager
+def small_disk(folder, size='24m'):
+    "A disk of its own, if this user may mount one; else a plain folder."
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder], capture_output=True).returncode == 0
+    try: yield folder
+    finally:
+        if mounted: subprocess.run(['umount', '-l', folder], check=True)
+
+
+def words_of(start, folder):
+    "Exit code and words of a process that may have no room to write them down: they go through a pipe."
+    os.mkfifo(folder/'pipe'); reader = os.open(folder/'pipe', os.O_RDWR | os.O_NONBLOCK)
+    p = start(folder/'pipe'); p.join(120)
+    with suppress(BlockingIOError): return p.exitcode, os.read(reader, 2**16).decode()
+    return p.exitcode, ''
+
+
+KINDS = dict(trained=[], frozen=['model.train_transformer=False', 'model.use_pretrained_output=False'], kept=FROZEN)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_full_disk_is_one_line(tmp_path, settings, spawn, kind):
+    "The disk fills at random moments: one line, a failure's exit code, and the run goes on to the same end when there is room. FULL=10: that many moments."
+    rng, argv, hits = random.Random(kind), [*settings, *KINDS[kind], 'desc=full'], []
+    p = spawn(argv, where(tmp_path/'whole')); p.join(120); want = digest(tmp_path/'whole')
+    for k in range(int(os.environ.get('FULL', 2))):
+        (tmp_path/f'{k}').mkdir()
+        with small_disk(tmp_path/f'{k}'/'disk') if k % 2 == 0 else nullcontext(tmp_path/f'{k}'/'disk') as disk:
+            bomb = bomb_for(rng, 1, ('cache',) if kind == 'kept' and k == 0 else tuple(EARLY | LATE))
+            code, said = words_of(lambda pipe: spawn(argv, where(disk), bomb=bomb, act=fill, said=pipe), tmp_path/f'{k}')
+            full = os.path.ismount(disk); (disk/'filler').unlink(missing_ok=True)
+            lines = [l for l in said.splitlines() if re.match('failed: |error: ', l)]
+            where_ = f'{kind} {k}, {"disk" if full else "limit"} {bomb}: exit {code}: {said[-3000:]}'
+            if code: assert len(lines) == 1 and said.splitlines()[-1] == lines[0] and re.search('No space left|File too large|are free', lines[0]), where_
+            assert code in (0, 1, 2) and not re.search('Traceback|Logging error|Exception', said), where_
+            p = spawn(argv, where(disk), said=tmp_path/f'{k}'/'again'); p.join(120)
+            assert p.exitcode == 0, (tmp_path/f'{k}'/'again').read_text()[-2000:]
+            assert digest(disk) == want, where_
+            hits.append(f'{"disk" if full else "limit"} {bomb[0]} {code}')
+    print(kind, ', '.join(hits))
 
 
 def jumping(argv, env, said):
