@@ -487,7 +487,7 @@ def finish(cfg, run, loop, model, saver, scores, best,
     if is_first(): run.result('summary', summary)
     return summary
 
-# %% ../nbs/34_train.ipynb #bd38c083
+# %% ../nbs/34_train.ipynb #bfa30c27
 def restore_texts(cfg, run:Run):
     "Write the texts of a finished run that an older version left without them, or say why that can't be."
     try:
@@ -501,6 +501,7 @@ def restore_texts(cfg, run:Run):
     protect(run.data)
     log.info(f'run {run.dir} lacked data/*_texts.jsonl.gz, which compare and share read; they are restored')
 
+# %% ../nbs/34_train.ipynb #bd38c083
 def open_runs(cfgs, command, stack:ExitStack) -> list[Run]:
     "The runs' folders; in the first process they are entered on `stack`."
     opened = []
