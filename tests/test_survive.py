@@ -64,7 +64,7 @@ def where(folder):
 
 def digest(folder) -> dict:
     "What a run leaves behind, but for times."
-    run = Run(find_runs(folder/'results')[0]); timed = lambda k: 'per_second' in k or k in ('seconds', 'peak_memory_bytes')
+    run = Run(find_runs(folder/'results')[0]); timed = lambda k: 'per_second' in k or k in ('seconds', 'seconds_in_all', 'peak_memory_bytes')
     rows = [{k: v for k, v in json.loads(l).items() if not timed(k)} for l in (run.results/'history.jsonl').read_text().splitlines()]
     summary = {k: v for k, v in json.loads((run.results/'summary.json').read_text()).items() if not timed(k)}
     last = sorted((run.simulation/'checkpoints').glob('batch-*'))[-1]
