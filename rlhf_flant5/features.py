@@ -177,7 +177,8 @@ def _alone(kept:KeptStates):
 def _fill(kept:KeptStates, segments, todo, tokens, compute):
     "Compute and write the segments of `todo`."
     start, left = time.monotonic(), sum(tokens[i] for i in todo[1:])/tokens[todo[0]]   # in units of the first
-    with tqdm(total=sum(len(segments[i]) for i in todo), desc='states', unit='pair', disable=None if is_first() else True) as bar:
+    hidden = True if os.environ.get('TQDM_DISABLE') or not is_first() else None      # None: on a terminal only
+    with tqdm(total=sum(len(segments[i]) for i in todo), desc='states', unit='pair', disable=hidden) as bar:
         for i in todo:
             states = compute(segments[i])
             try: kept._write(i, segments[i], states)

@@ -59,7 +59,7 @@ def test_the_rate_ends_at_final_lr(results, schedule, n_batches):
 def test_schedules_that_are_none(setting, capsys):
     assert main([*few, f'training.optimizer.{setting}']) == 2
     said = capsys.readouterr().err
-    assert said.startswith('error: ') and said.count('\n') == 1 and {'w': 'a whole number of batches, or a share', 's': 'one of epochs, steps, linear', 'n': "'training.optimizer.warmup'"}[setting[0]] in said
+    assert said.startswith('error: ') and said.count('\n') == 1 and {'w': 'a whole number of batches, or a share', 's': 'one of epochs, steps, linear', 'n': 'training.optimizer.warmup'}[setting[0]] in said
 
 
 def test_stopped_early_says_so(results, capsys):
