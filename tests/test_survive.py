@@ -52,6 +52,7 @@ def work(argv, where, bomb=None, act=kill):
 def attempt(argv, where, n=1, bomb=None, said=os.devnull, act=kill):
     "The program in `n` processes, in a process of its own; its words go to `said`."
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1); os.dup2(1, 2)
+    sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))      # subtle: the old ones believe that they can seek
     sys.exit(launch(n, work, argv, where, bomb, method='fork', grace=10) if n > 1 else work(argv, where, bomb, act))
 
 
@@ -85,7 +86,8 @@ def digest(folder, name='') -> dict:
     rows = [{k: v for k, v in json.loads(l).items() if not timed(k)} for l in (run.results/'history.jsonl').read_text().splitlines()]
     summary = {k: v for k, v in json.loads((run.results/'summary.json').read_text()).items() if not timed(k)}
     kept = {p.relative_to(run.dir).as_posix(): p for p in run.dir.rglob('*') if p.is_file() and not re.search(r'tfevents|changes-\d+', p.name)}
-    told = 'provenance.json', 'train.log', 'history.jsonl', 'summary.json', 'recent.json', 'state.json', 'digests.json'     # with times in them
+    told = ('provenance.json', 'train.log', 'history.jsonl', 'summary.json', 'recent.json', 'state.json', 'digests.json',      # with times in them
+            'command.txt', 'config.yaml', 'changes.diff')                                                                 # what was typed, and where
     return dict(history=rows, summary=summary, files={f: '' if p.name in told else sha256(p.read_bytes()).hexdigest() for f, p in sorted(kept.items())})
 
 
