@@ -54,7 +54,7 @@ _SHOWN = dict(
 # %% ../nbs/60_compare.ipynb #7a687a90
 def read_summary(path:Path # a run's `results/summary.json`
                 ) -> dict:
-    "A summary, with all that is shown of it. Raises `FileNotFoundError` if there is none, `ConfigError` if it is damaged."
+    "A summary. Raises `FileNotFoundError` if there is none, `ConfigError` if what is shown of it is damaged."
     way_out = 'remove the run or mend the file'
     try:
         if path.exists() and not path.is_file(): raise OSError('no plain file')
@@ -74,19 +74,21 @@ def _check_events(text):
     depth = 0
     for e in yaml.parse(text, Loader=yaml.SafeLoader):
         # subtle: nine lines of aliases to aliases stand for 10^9 leaves
-        if getattr(e, 'anchor', None): raise ValueError(f'line {e.start_mark.line + 1} has an anchor or alias (& or *), which no run writes')
+        line = e.start_mark.line + 1
+        if getattr(e, 'anchor', None): raise ValueError(f'line {line} has an anchor or alias (& or *): no run has these')
         depth += isinstance(e, yaml.CollectionStartEvent) - isinstance(e, yaml.CollectionEndEvent)
-        if depth > 20: raise ValueError(f'line {e.start_mark.line + 1} is nested more than 20 deep')
+        if depth > 20: raise ValueError(f'line {line} is nested more than 20 deep')
 
 # %% ../nbs/60_compare.ipynb #33b82f1d
 def read_settings(path:Path # a run's `data/config.yaml`
                  ) -> dict: # `training.optimizer.init_lr` -> value
-    "The settings of a run, as dotted keys. Raises `ConfigError` if they are damaged, repeat parts of themselves or can't be printed."
+    "The settings of a run, as dotted keys. Raises `ConfigError` if they are damaged, grow or can't be printed."
     way_out = 'remove the run or mend the file'
     text = read_bytes(path, _MAX_CONFIG)
     try:
         _check_events(text)
         found = dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text.decode()))))
+        json.dumps(found, default=repr)     # subtle: a number of 10,000 hexadecimal digits is read, but not written
     except Exception as e:   # yaml's errors have no common class with OmegaConf's
         raise ConfigError(f'{path}: cannot be read ({first_line(e)}); {way_out}') from None
     odd = [k for k, v in found.items() if not k.isprintable() or type(v) is str and not v.isprintable()]
@@ -95,22 +97,26 @@ def read_settings(path:Path # a run's `data/config.yaml`
 
 # %% ../nbs/60_compare.ipynb #ea973db9
 def read_origin(folder:Path # a run's
-               ) -> dict: # started, ended, commit, dirty, pairs (SHA-256 of each split), precision; what isn't known is left out
-    "Where a run's numbers come from. Raises `ConfigError` if that is damaged."
+               ) -> dict: # started, ended, commit, dirty, precision, pairs (SHA-256 of each split)
+    "Where a run's numbers come from, as far as it is known. Raises `ConfigError` if that is damaged."
     path, decided = folder/'data'/'provenance.json', folder/'data'/'decided.json'
     found = read_json(path) if path.is_file() else {}
     source, pairs = found.get('source', {}), found.get('pairs', {})
     if type(source) is not dict or type(pairs) is not dict: source = pairs = dict(commit=0)
-    origin = dict(started=found.get('started'), ended=found.get('ended'), commit=source.get('commit'), dirty=source.get('dirty'),
-                  precision=(read_json(decided) if decided.is_file() else {}).get('precision'))
+    origin = {k: found.get(k) for k in ('started', 'ended')} | {k: source.get(k) for k in ('commit', 'dirty')}
+    origin['precision'] = (read_json(decided) if decided.is_file() else {}).get('precision')
     origin = {k: v for k, v in origin.items() if v is not None}
-    bad = [k for k, v in origin.items() if k != 'dirty' and not (type(v) is str and re.fullmatch(r'[\w:.+-]{1,64}', v, re.A))]
+    plain = lambda v: type(v) is str and re.fullmatch(r'[\w:.+-]{1,64}', v, re.A)
+    bad = [k for k, v in origin.items() if k != 'dirty' and not plain(v)]
     bad += [f'pairs.{k}'[:40] for k, v in pairs.items() if type(v) is not str or not re.fullmatch('[0-9a-f]{64}', v)]
-    if bad: raise ConfigError(f'{path} or {decided.name}: {", ".join(bad)} not what a run writes; remove the run or mend the file')
+    if bad:
+        raise ConfigError(f'{path} or {decided.name}: {", ".join(bad)} not what a run writes; '
+                          'remove the run or mend the file')
     return origin | dict(pairs=pairs)
 
 # %% ../nbs/60_compare.ipynb #86e76025
-ORDER = ['attention_pooled_encoder', 'attention_pooled_decoder', 'decoder_output', 'layerwise_attention', 'full_attention_pooling']  # the default first
+ORDER = ['attention_pooled_encoder', 'attention_pooled_decoder', 'decoder_output',     # the default first
+         'layerwise_attention', 'full_attention_pooling']
 
 @dataclass
 class Saved:
@@ -124,20 +130,25 @@ class Saved:
     @property
     def ended(self): return self.origin.get('ended') or self.origin.get('started') or ''
     @property
-    def commit(self): return self.origin.get('commit', 'unknown')[:12] + ' with changes'*(self.origin.get('dirty') is True)
+    def commit(self):
+        return self.origin.get('commit', 'unknown')[:12] + ' with changes'*(self.origin.get('dirty') is True)
 
 def read_run(folder:Path) -> Saved:
-    "A run's summary, settings, origin and pairs. Raises `FileNotFoundError` if it is not finished, `ConfigError` if it is damaged."
+    "A run's folder, read. Raises `FileNotFoundError` if it is not finished, `ConfigError` if it is damaged."
     summary = read_summary(folder/'results'/'summary.json')
     tables = {s: read_pair_table(folder/'results'/f'{s}_pairs.jsonl') for s in ('validation', 'test')}
-    return Saved(folder, summary, read_settings(folder/'data'/'config.yaml'), tables, read_origin(folder))
+    origin = read_origin(folder)
+    if summary.get('precision') in ('bf16', 'fp32'): origin.setdefault('precision', summary['precision'])
+    return Saved(folder, summary, read_settings(folder/'data'/'config.yaml'), tables, origin)
 
 # %% ../nbs/60_compare.ipynb #30466c77
 _RUNS = 'Reward-Model-Training'
 
 def _folders(root): # the run that an argument names, or all of a results folder
     path = Path(os.path.realpath(root))
-    if not path.is_dir(): raise ConfigError(f'{root}: no such folder; name a results folder, as in `python -m rlhf_flant5.compare $RESULTS_ROOT_DIR`')
+    if not path.is_dir():
+        raise ConfigError(f'{root}: no such folder; '
+                          'name a results folder, as in `python -m rlhf_flant5.compare $RESULTS_ROOT_DIR`')
     if RUN_NAME.fullmatch(path.name): return [path]
     return find_runs(path.parent if path.name == _RUNS else path)
 
@@ -146,19 +157,23 @@ def _named(folder, only): # does a pattern fit its name or its `desc`?
 
 # %% ../nbs/60_compare.ipynb #51c284f3
 def load_runs(*roots:Path, # results folders, or folders of single runs
-              only:list[str]=() # of these the runs whose name or `desc` one of these patterns fits, such as `hh-*`; none: all
+              only:list[str]=() # runs whose name or `desc` one of these patterns fits, such as `hh-*`; none: all
              ) -> tuple[list[Saved], list[Path]]: # finished runs; folders of others
     "The finished runs in folders. Raises `ConfigError` if there is none."
     done, unfinished, folders = [], [], dict.fromkeys(f for root in roots for f in _folders(root))
     chosen = [f for f in folders if _named(f, only)]
     if only and folders and not chosen:
         some = ', '.join(parse_run(f)[0] for f in [*folders][:5])
-        raise ConfigError(f'--only {" ".join(only)}: fits no run; there are {len(folders)}, such as {some}; a pattern fits a whole name or desc, as *decoder* does')
+        raise ConfigError(f'--only {" ".join(only)}: fits no run; there are {len(folders)}, such as {some}; '
+                          'a pattern fits a whole name or desc, as *decoder* does')
     for folder in chosen:
-        if not folder.name.isprintable(): raise ConfigError(f'{str(folder)!r}: no run has such a name; remove the folder')
+        if not folder.name.isprintable():
+            raise ConfigError(f'{str(folder)!r}: no run has such a name; remove the folder')
         try: done.append(read_run(folder))
         except FileNotFoundError: unfinished.append(folder)
-    if not done: raise ConfigError(f'{", ".join(map(str, roots))}: no finished run ({len(unfinished)} unfinished); train some with `python -m rlhf_flant5.sweep experiment=toy`')
+    if not done:
+        raise ConfigError(f'{", ".join(map(str, roots))}: no finished run ({len(unfinished)} unfinished); '
+                          'train some with `python -m rlhf_flant5.sweep experiment=toy`')
     return done, unfinished
 
 # %% ../nbs/60_compare.ipynb #85ca9c42
@@ -178,7 +193,9 @@ class Row:
     @property
     def trained(self): return self.runs[0].summary['train_transformer']
 
-_NOT_A_RECIPE = rf'desc|index|seed|data\.order_seed|{FREE_TO_CHANGE}|model\.(_target_|transformer_name|train_transformer)|training\.loop\.intervals\.(checkpointing|train_status_update)\..*'
+_NOT_A_RECIPE = (rf'desc|index|seed|data\.order_seed|{FREE_TO_CHANGE}|'
+                 r'model\.(_target_|transformer_name|train_transformer)|'
+                 r'training\.loop\.intervals\.(checkpointing|train_status_update)\..*')
 _OF_FROZEN = r'model\.(use_pretrained_output|kept_dtype)'
 _NOT_OF_BASELINES = r'(model|training|distributed)\..*'
 _READOUTS_OWN = r'model\.(\w*pooling_output_dim|n_blocks_to_use)'
@@ -189,10 +206,11 @@ def _learned(run): return run.summary.get('baseline') is True      # a linear mo
 # %% ../nbs/60_compare.ipynb #a774d514
 def _recipe(run): # (readout, transformer, trained), other settings
     s, settings = run.summary, dict(run.settings)
-    if 'precision' in run.origin: settings['training.precision'] = run.origin['precision']      # what `auto` was on that machine
+    if 'precision' in run.origin: settings['training.precision'] = run.origin['precision']      # what `auto` was there
     if 'train' in run.origin.get('pairs', {}): settings[_TRAIN] = run.origin['pairs']['train'][:12]
     left_out = [_NOT_A_RECIPE] + [_NOT_OF_BASELINES]*_learned(run) + [_OF_FROZEN]*s['train_transformer']
-    return (s['readout'], s['transformer_name'], s['train_transformer']), {k: v for k, v in settings.items() if not re.fullmatch('|'.join(left_out), k)}
+    others = {k: v for k, v in settings.items() if not re.fullmatch('|'.join(left_out), k)}
+    return (s['readout'], s['transformer_name'], s['train_transformer']), others
 
 def _value(v): # short: 3e-4
     if type(v) is float and math.isfinite(v) and v and not 1e-3 <= abs(v) < 1e5:
@@ -210,10 +228,12 @@ def _differing(several): # keys in which settings differ
 
 def _changed(a, b): # what recipe b changes of recipe a: words, and keys of settings
     (x, s), (y, t) = a, b
-    words = ['readout']*(x[0] != y[0]) + [f'transformer {y[1]}']*(x[1] != y[1]) + [('frozen', 'trained')[y[2]]]*(x[2] != y[2])
+    words = ['readout']*(x[0] != y[0]) + [f'transformer {y[1]}']*(x[1] != y[1])
+    words += [('frozen', 'trained')[y[2]]]*(x[2] != y[2])
     own = lambda k: x[0] != y[0] and re.fullmatch(_READOUTS_OWN, k) or x[2] != y[2] and re.fullmatch(_OF_FROZEN, k)
     keys = [k for k in _differing([s, t]) if not own(k)]
-    if any(k.startswith('data.') and k != _TRAIN for k in keys): keys = [k for k in keys if k != _TRAIN]      # that says it
+    others = [k for k in keys if k != _TRAIN]
+    if any(k.startswith('data.') for k in others): keys = others      # that says it
     return words, keys
 
 def _changes(a, b): # the same as a list of texts
@@ -242,7 +262,8 @@ def rule_rows(run:Saved, texts) -> list[Row]: # a row for each of `BASELINES`
         pairs = [texts[split][i] for i in t.id]
         chosen, rejected = (rule([p[side] for p in pairs]) for side in (0, 1))
         return pair_table(t.id, t.subset, chosen, rejected, t.n_chosen, t.n_rejected, t.n_shared)
-    rows = [Row(name, [], {s: [table(rule, s)] for s in texts}, ['a rule'], True, 'a rule') for name, rule in BASELINES.items()]
+    rows = [Row(name, [], {s: [table(rule, s)] for s in texts}, ['a rule'], True, 'a rule')
+            for name, rule in BASELINES.items()]
     decides = lambda row: any((t.margin != 0).any() for tables in row.tables.values() for t in tables)
     return [r for r in rows if decides(r)]      # a rule that decides no pair says nothing
 
@@ -264,7 +285,8 @@ class Comparison:
     def n(self, split): return len(self.rows[0].tables[split][0])
     @cached_property
     def conversations(self): # of each split: ids, and the conversation that each belongs to
-        return {s: (pd.Index([*texts]), conversation_keys([chosen for chosen, _ in texts.values()])) for s, texts in self.texts.items()}
+        keys = lambda texts: conversation_keys([chosen for chosen, _ in texts.values()])
+        return {s: (pd.Index([*texts]), keys(texts)) for s, texts in self.texts.items()}
 
 # %% ../nbs/60_compare.ipynb #d8aab933
 def _short_keys(keys): # dotted key -> as many of its last parts as tell it from the others
@@ -278,7 +300,9 @@ def _base_names(recipes): # readout, trained or frozen, and the transformer wher
     names = sorted({t for (_, t, _), _ in recipes})
     short = {t: t.rstrip('/').rsplit('/', 1)[-1] for t in names}
     if len({*short.values()}) < len(names): short = {t: t for t in names}
-    return [f'{readout}, {("frozen", "trained")[trained]}' + (f', {short[t]}' if len(names) > 1 else '') for (readout, t, trained), _ in recipes]
+    def name(readout, t, trained):
+        return f'{readout}, {("frozen", "trained")[trained]}' + (f', {short[t]}' if len(names) > 1 else '')
+    return [name(*which) for which, _ in recipes]
 
 # %% ../nbs/60_compare.ipynb #454b0720
 _LONG = 40   # characters of a name's settings, or of a cell of changes
@@ -296,7 +320,7 @@ def _told_by(recipes, bases): # base name -> the keys of settings that tell its 
 # %% ../nbs/60_compare.ipynb #71c82a1a
 def name_models(models:list[Row] # the first is the reference
                ) -> dict[str, str]: # a short name -> what it stands for
-    "Name rows as shortly as tells them apart: by readout and transformer, then by settings, or `r1`, `r2`, … where these are many."
+    "Name rows shortly: by readout, transformer and settings, or `r1`, `r2`, … where these are many."
     recipes = [_recipe(row.runs[0]) for row in models]
     bases = _base_names(recipes)
     told, changed = _told_by(recipes, bases), [_changed(recipes[0], r) for r in recipes]
@@ -312,7 +336,8 @@ def name_models(models:list[Row] # the first is the reference
         row.name = ', '.join(own if one else [base, *own])
         row.changes = words + [_setting(k, k, other) for k in keys]
         in_name = told[base] if base not in coded else []
-        row.brief = ', '.join(words + [short[k] if k in in_name else _setting(short[k], k, other) for k in keys]) or 'reference'
+        settings = [short[k] if k in in_name else _setting(short[k], k, other) for k in keys]
+        row.brief = ', '.join(words + settings) or 'reference'
         if keys and len(row.brief) > _LONG:
             row.brief = ', '.join([*words, f'{len(keys)} setting{"s"*(len(keys) > 1)}'])
             if base not in coded: key[row.name] = ', '.join(_setting(short[k], k, other) for k in keys)
@@ -324,7 +349,8 @@ def _one_a_seed(runs, notes): # of runs with one recipe and seed the one that en
     for r in sorted(runs, key=lambda r: (r.summary['seed'], r.ended, r.folder.name)):
         seed = r.summary['seed']
         if seed in found:
-            notes.append(f'{found[seed].folder.name} is left out: {r.folder.name} has the same recipe and seed ({seed}) and ended later ({r.ended or "by its name"})')
+            notes.append(f'{found[seed].folder.name} is left out: {r.folder.name} has the same recipe and seed '
+                         f'({seed}) and ended later ({r.ended or "by its name"})')
         found[seed] = r
     return [*found.values()]
 
@@ -335,7 +361,8 @@ def compared(runs:list[Saved]) -> Comparison:
     for r in runs:
         key, other = _recipe(r)
         recipes.setdefault((key, json.dumps(other, sort_keys=True, default=repr)), []).append(r)
-    with_texts = next((r for r in runs if all((r.folder/'data'/f'{s}_texts.jsonl.gz').is_file() for s in ('validation', 'test'))), runs[0])
+    kept = lambda r: all((r.folder/'data'/f'{s}_texts.jsonl.gz').is_file() for s in ('validation', 'test'))
+    with_texts = next(filter(kept, runs), runs[0])
     texts = {s: read_texts(with_texts, s) for s in ('validation', 'test')}
     rank = lambda k: (k[0][1], not k[0][2], ORDER.index(k[0][0]) if k[0][0] in ORDER else len(ORDER), k[1])
     for k in sorted(recipes, key=rank):
@@ -344,26 +371,28 @@ def compared(runs:list[Saved]) -> Comparison:
         if baseline: own = own[-1:]       # nothing is drawn: a second one is the same
         row = Row(k[0][0], own, {s: [r.tables[s] for r in own] for s in texts}, baseline=baseline)
         (learned if baseline else models).append(row)
-    if not models: raise ConfigError(f'{runs[0].folder.parent}: baselines alone, no readout; train some with `python -m rlhf_flant5.sweep`')
+    if not models:
+        raise ConfigError(f'{runs[0].folder.parent}: baselines alone, no readout; '
+                          'train some with `python -m rlhf_flant5.sweep`')
     for row in learned:
         settings = [c for c in _changes(_recipe(learned[0].runs[0]), _recipe(row.runs[0])) if '=' in c]
         row.changes = ['a linear model', *settings]
         row.brief = 'a linear model' + f', {len(settings)} settings'*bool(settings)
-    summary = runs[0].summary
-    c = Comparison(models + learned + rule_rows(with_texts, texts), summary['data_name'], summary['best_reachable_accuracy'], texts, notes=notes)
-    return refer_to(c)
+    summary, rows = runs[0].summary, models + learned + rule_rows(with_texts, texts)
+    return refer_to(Comparison(rows, summary['data_name'], summary['best_reachable_accuracy'], texts, notes=notes))
 
 # %% ../nbs/60_compare.ipynb #dcb006f1
 def refer_to(c:Comparison,
-             name:str|None=None # a row's name, its readout, or the `desc` or folder's name of one of its runs; None: row 1
+             name:str|None=None # of a row, its readout, or one of its runs (`desc` or folder); None: row 1
             ) -> Comparison:
     "Make a row the reference and name all rows. Raises `ConfigError` unless the name is that of one readout."
     models, others = c.models, [r for r in c.rows if r.baseline]
-    names = lambda row: {row.name, row.readout, *(w for r in row.runs for w in (r.folder.name, *r.folder.name.removeprefix('desc-').split(',index-')[:1]))}
+    names = lambda row: {row.name, row.readout, *(w for r in row.runs for w in (r.folder.name, parse_run(r.folder)[0]))}
     if name is not None:
         found = [r for r in models if r.name == name] or [r for r in models if name in names(r)]
         if len(found) != 1:
-            raise ConfigError(f'--reference {name}: {len(found) or "no"} row{"s"*(len(found) != 1)} of that name; must be one of {"; ".join(r.name for r in found or models)}')
+            raise ConfigError(f'--reference {name}: {len(found) or "no"} row{"s"*(len(found) != 1)} of that name; '
+                              f'must be one of {"; ".join(r.name for r in found or models)}')
         models = found + [r for r in models if r is not found[0]]
     c.key = name_models(models)
     c.rows, seen = models + others, set()
@@ -386,7 +415,8 @@ def comparisons(runs:list[Saved]) -> list[Comparison]:
     several = [compared(rs) for rs in found.values()]
     if len(several) > 1:
         for k, c in enumerate(several, 1):
-            c.notes.append(f'this is comparison {k} of {len(several)}: the other runs were judged on other pairs (name, texts or lengths of the validation or test pairs differ)')
+            c.notes.append(f'this is comparison {k} of {len(several)}: the other runs were judged on other pairs '
+                           '(name, texts or lengths of the validation or test pairs differ)')
     return several
 
 # %% ../nbs/60_compare.ipynb #97f37660
@@ -396,15 +426,18 @@ def origin_notes(c:Comparison) -> list[str]:
     "Where the runs of a comparison differ in what no setting says: code, decided precision, training pairs."
     notes, auto = [], [r for r in c.runs if r.settings.get('training.precision') == 'auto' and 'precision' in r.origin]
     precisions, commits = Counter(r.origin['precision'] for r in auto), Counter(r.commit for r in c.runs)
-    if len(precisions) > 1: notes.append(f'training.precision=auto was decided differently, {_counted(precisions)}: rows of their own')
+    if len(precisions) > 1:
+        notes.append(f'training.precision=auto was decided differently, {_counted(precisions)}: rows of their own')
     if len(commits) > 1: notes.append(f'the runs come from several commits: {_counted(commits)}')
     for row in c.models:
         own = {}
         for r in row.runs: own.setdefault(r.commit, []).append(str(r.summary['seed']))
         if len(own) > 1:
-            notes.append(f'the seeds of "{row.name}" come from several commits: ' + '; '.join(f'{commit}, seeds {", ".join(seeds)}' for commit, seeds in own.items()))
+            from_each = '; '.join(f'{commit}, seeds {", ".join(seeds)}' for commit, seeds in own.items())
+            notes.append(f'the seeds of "{row.name}" come from several commits: {from_each}')
         if any(change.startswith(_TRAIN) for change in row.changes):
-            notes.append(f'"{row.name}" was trained on other pairs than row 1, though its data settings are the same (SHA-256 in data/provenance.json)')
+            notes.append(f'"{row.name}" was trained on other pairs than row 1, though its data settings are the same '
+                         '(SHA-256 in data/provenance.json)')
     return notes
 
 # %% ../nbs/60_compare.ipynb #e7c114e1
@@ -413,13 +446,15 @@ def _conversations(c, split, table): # the conversation of each row of a table
     return keys[ids.get_indexer(table.id)]
 
 def _accuracy(c, tables, split='test'): return seeds_accuracy(tables, _conversations(c, split, tables[0]))
-def _difference(c, a, b): return compare_seeds(a.tables['test'], b.tables['test'], _conversations(c, 'test', a.tables['test'][0]))
+def _difference(c, a, b):
+    x, y = a.tables['test'], b.tables['test']
+    return compare_seeds(x, y, _conversations(c, 'test', x[0]))
 
 def _mean(dicts, key):
     v = [d[key] for d in dicts if d is not None]
     return float(np.mean(v)) if v else None
 
-def _recipes(*rows): return all(len(r.runs) > 1 for r in rows if not r.baseline)   # of one seed nothing is known but the run itself
+def _recipes(*rows): return all(len(r.runs) > 1 for r in rows if not r.baseline)   # one seed says nothing of a recipe
 
 def _correct(found): # Holm's p-values over the differences of one table, where both sides are recipes
     family = [d for d in found if d['recipes']]
@@ -427,24 +462,30 @@ def _correct(found): # Holm's p-values over the differences of one table, where 
 
 def speed_is_own(row:Row) -> bool:
     "Whether a row's speed is its own: readouts of all tokens share the passes of a frozen transformer."
-    return bool(row.runs) and not row.baseline and all(r.summary['train_transformer'] or r.summary['cached_states'] for r in row.runs)
+    alone = [r.summary['train_transformer'] or r.summary['cached_states'] for r in row.runs]
+    return bool(row.runs) and not row.baseline and all(alone)
 
 # %% ../nbs/60_compare.ipynb #77081b52
 def row_scores(c:Comparison, row:Row) -> dict:
     "What the tables say of a row."
     tables, T = row.tables['test'], [r.summary['temperature'] for r in row.runs]
-    scores = dict(name=row.name, changes=row.changes, baseline=row.baseline, seeds=[r.summary['seed'] for r in row.runs],
-                  validation=_accuracy(c, row.tables['validation'], 'validation'), test=_accuracy(c, tables))
+    scores = dict(name=row.name, changes=row.changes, baseline=row.baseline)
+    scores['seeds'] = [r.summary['seed'] for r in row.runs]
+    scores |= dict(validation=_accuracy(c, row.tables['validation'], 'validation'), test=_accuracy(c, tables))
     scores['subsets'] = {s: _accuracy(c, [t[t.subset == s] for t in tables]) for s in sorted({*tables[0].subset})}
     scores['below_ceiling'] = None if c.ceiling is None else c.ceiling - scores['test']['accuracy']
     scores['n_trained_parameters'] = row.mean('n_trained_parameters')
-    scores |= {k: row.mean(k) if speed_is_own(row) else None for k in ('pairs_per_second', 'peak_memory_bytes', 'seconds')}
+    own = speed_is_own(row)
+    scores |= {k: row.mean(k) if own else None for k in ('pairs_per_second', 'peak_memory_bytes', 'seconds')}
     claims = [calibration(t.margin, x) for t, x in zip(tables, T)]
-    before, after = [x['before'] for x in claims], [x['after'] for x in claims]
-    scores |= dict(ece=_mean(before, 'ece'), ece_calibrated=_mean(after, 'ece'), log_loss=_mean(before, 'log_loss'), log_loss_calibrated=_mean(after, 'log_loss'))
-    scores |= dict(length_matched=_mean(map(length_matched, tables), 'accuracy'), length_correlation=_mean(map(length_correlation, tables), 'rho'))
+    for k in ('ece', 'log_loss'):
+        scores[k] = _mean([x['before'] for x in claims], k)
+        scores[f'{k}_calibrated'] = _mean([x['after'] for x in claims], k)
+    scores['length_matched'] = _mean(map(length_matched, tables), 'accuracy')
+    scores['length_correlation'] = _mean(map(length_correlation, tables), 'rho')
     reference = c.rows[0]
-    return scores | dict(difference=None if row is reference else _difference(c, row, reference) | dict(recipes=_recipes(row, reference)))
+    difference = None if row is reference else _difference(c, row, reference) | dict(recipes=_recipes(row, reference))
+    return scores | dict(difference=difference)
 
 # %% ../nbs/60_compare.ipynb #0f2ab118
 def all_scores(c:Comparison) -> list[dict]:
@@ -453,30 +494,44 @@ def all_scores(c:Comparison) -> list[dict]:
     _correct([s['difference'] for s in scores if s['difference']])
     return scores
 
-def pair_differences(c:Comparison) -> list[dict]: # kind (trained or frozen), a, b, difference (a minus b), low, high, p, p_corrected
-    "Every pair of trained readouts and every pair of frozen ones; p-values are corrected over the pairs of one kind (Holm 1979)."
+def pair_differences(c:Comparison) -> list[dict]: # kind (trained or frozen), a, b, as `compare_seeds`, p_corrected
+    "All pairs of trained readouts and all of frozen ones, p-values corrected over the pairs of a kind (Holm 1979)."
     out = []
     for kind in ('trained', 'frozen'):
         rows = [r for r in c.models if r.trained == (kind == 'trained')]
-        found = [dict(kind=kind, a=a.name, b=b.name, recipes=_recipes(a, b)) | _difference(c, a, b) for b, a in itertools.combinations(rows, 2)]
+        found = [dict(kind=kind, a=a.name, b=b.name, recipes=_recipes(a, b)) | _difference(c, a, b)
+                 for b, a in itertools.combinations(rows, 2)]
         _correct(found)
         out += found
     return out
 
 # %% ../nbs/60_compare.ipynb #512b2535
-def _percent(s): return f'{100*s["accuracy"]:.1f} ({100*s["low"]:.1f} to {100*s["high"]:.1f})' + ' [5]'*(s['n_seeds'] == 2)
-def _points(d): return '' if d is None else f'{100*d["difference"]:+.1f} ({100*d["low"]:+.1f} to {100*d["high"]:+.1f})' + ' [5]'*(2 in d['n_seeds'])
-def _p(d): return '' if d is None else 'one seed' if not d['recipes'] else '< 0.001' if d['p_corrected'] < .001 else f'{d["p_corrected"]:.3f}'
+def _percent(s):
+    return f'{100*s["accuracy"]:.1f} ({100*s["low"]:.1f} to {100*s["high"]:.1f})' + ' [5]'*(s['n_seeds'] == 2)
+
+def _points(d):
+    if d is None: return ''
+    return f'{100*d["difference"]:+.1f} ({100*d["low"]:+.1f} to {100*d["high"]:+.1f})' + ' [5]'*(2 in d['n_seeds'])
+
+def _p(d):
+    if d is None: return ''
+    if not d['recipes']: return 'one seed'
+    return '< 0.001' if d['p_corrected'] < .001 else f'{d["p_corrected"]:.3f}'
+
 def _spread(s): return '' if s['std'] is None else f'{100*s["std"]:.1f}'
 
 # %% ../nbs/60_compare.ipynb #b28429de
 FOOTNOTES = [
     'changes: what a row does differently from row 1, the reference; short names of settings stand in the key.',
-    '95%: Student\'s interval over pairs and seeds, with Satterthwaite\'s degrees of freedom; pairs of one conversation (the same first human turn) count together.',
+    '95%: Student\'s interval over pairs and seeds, with Satterthwaite\'s degrees of freedom; pairs of one '
+    'conversation (the same first human turn) count together.',
     'spread over seeds: standard deviation of the test accuracy over a row\'s seeds, in points.',
-    'p, corrected: two-sided p-value of the difference to row 1, corrected for the number of rows that are tested (Holm 1979). A row of one seed gets none: of its recipe nothing is known but that run.',
-    'of two seeds: the seeds\' part of the variance has 1 degree of freedom, and Student\'s factor is 12.7 there. Where seeds spread more than pairs do, such an interval is very wide; a third seed narrows it most.',
-    'shared: this row shared the passes of a frozen transformer with others, so that no speed or memory of its own is known.']
+    'p, corrected: two-sided p-value of the difference to row 1, corrected for the number of rows that are tested '
+    '(Holm 1979). A row of one seed gets none: of its recipe nothing is known but that run.',
+    'of two seeds: the seeds\' part of the variance has 1 degree of freedom, and Student\'s factor is 12.7 there. '
+    'Where seeds spread more than pairs do, such an interval is very wide; a third seed narrows it most.',
+    'shared: this row shared the passes of a frozen transformer with others, so that no speed or memory of its own '
+    'is known.']
 
 def footnotes(text:str # a table
              ) -> str:
@@ -486,11 +541,12 @@ def footnotes(text:str # a table
 # %% ../nbs/60_compare.ipynb #3f55fb69
 def answer_table(c:Comparison, scores:list[dict]) -> str:
     "Accuracies, differences to row 1, corrected p-values."
-    header = ['row', 'changes [1]', 'seeds', f'validation, % (95% [2]), n = {c.n("validation"):,}', f'test, % (95% [2]), n = {c.n("test"):,}',
+    header = ['row', 'changes [1]', 'seeds', *(f'{s}, % (95% [2]), n = {c.n(s):,}' for s in ('validation', 'test')),
               'spread over seeds [3]', 'minus row 1, points (95%)', 'p, corrected [4]']
-    rows = [[row.name, row.brief, str(len(s['seeds']) or ''), _percent(s['validation']), _percent(s['test']), _spread(s['test']), _points(s['difference']), _p(s['difference'])]
-            for row, s in zip(c.rows, scores)]
-    if c.ceiling is not None: rows.append(['best reachable', 'the gold reward', '', '', f'{100*c.ceiling:.1f}', '', '', ''])
+    rows = [[row.name, row.brief, str(len(s['seeds']) or ''), _percent(s['validation']), _percent(s['test']),
+             _spread(s['test']), _points(s['difference']), _p(s['difference'])] for row, s in zip(c.rows, scores)]
+    if c.ceiling is not None:
+        rows.append(['best reachable', 'the gold reward', '', '', f'{100*c.ceiling:.1f}', '', '', ''])
     return markdown_table(header, rows)
 
 def key_lines(c:Comparison) -> list[str]:
@@ -506,20 +562,23 @@ def subset_table(scores:list[dict]) -> str:
 # %% ../nbs/60_compare.ipynb #642a90de
 def pair_tables(c:Comparison, found:list[dict] # of `pair_differences`
                ) -> dict[str, str]: # trained, frozen -> the table, where there are two rows at least
-    "Test accuracy of each readout minus that of every other, points, with corrected p-values; rows and columns are numbered alike."
+    "Test accuracy of each readout minus that of every other, points, with corrected p-values."
     by_name, out = {(d['a'], d['b']): d for d in found}, {}
     def cell(a, b):
         d = by_name.get((a, b))
-        return '' if d is None else f'{100*d["difference"]:+.1f} ' + (f'(p {"" if "<" in _p(d) else "= "}{_p(d)})' if d['recipes'] else '(one seed)')
+        if d is None: return ''
+        p = f'p {"" if "<" in _p(d) else "= "}{_p(d)}' if d['recipes'] else 'one seed'
+        return f'{100*d["difference"]:+.1f} ({p})'
     for kind in ('trained', 'frozen'):
         names = [r.name for r in c.models if r.trained == (kind == 'trained')]
         rows = [[f'{i}. {a}', *(cell(a, b) for b in names[:-1])] for i, a in enumerate(names, 1)]
-        if len(names) > 1: out[kind] = markdown_table([f'{kind}, points', *(f'minus {i}' for i in range(1, len(names)))], rows)
+        header = [f'{kind}, points', *(f'minus {i}' for i in range(1, len(names)))]     # numbered as the rows are
+        if len(names) > 1: out[kind] = markdown_table(header, rows)
     return out
 
 # %% ../nbs/60_compare.ipynb #8f2ff85d
 def baseline_table(c:Comparison) -> str:
-    "Test accuracy of each readout minus that of each baseline, points; a star where the corrected p-value is below 0.05."
+    "Test accuracy of each readout minus that of each baseline, points; a star where p, corrected, is below 0.05."
     baselines = [r for r in c.rows if r.baseline]
     if not baselines: return 'No rule decides any of these pairs, and no linear model is among the runs.'
     found = [[_difference(c, m, b) for b in baselines] for m in c.models]
@@ -531,13 +590,16 @@ def baseline_table(c:Comparison) -> str:
 # %% ../nbs/60_compare.ipynb #f926a428
 def cost_table(c:Comparison, scores:list[dict]) -> str:
     "What a row costs to train, and what its rewards are like; calibration is the mean over a row's seeds."
-    header = ['row', 'trained parameters', 'pairs/s', 'peak memory of the process, GiB', 'ECE, points', 'with temperature',
-              'log-loss', 'with temperature', 'length-matched accuracy, %', 'correlation with length']
+    header = ['row', 'trained parameters', 'pairs/s', 'peak memory of the process, GiB', 'ECE, points',
+              'with temperature', 'log-loss', 'with temperature', 'length-matched accuracy, %',
+              'correlation with length']
     number = lambda v, form, times=1: '' if v is None else format(v*times, form)
     def cells(row, s):
         shared = '' if row.baseline or speed_is_own(row) else 'shared [6]'
-        return [s['name'], number(s['n_trained_parameters'], ',.0f'), shared or number(s['pairs_per_second'], ',.0f'), shared or number(s['peak_memory_bytes'], '.2f', 2**-30),
-                number(s['ece'], '.1f', 100), number(s['ece_calibrated'], '.1f', 100), number(s['log_loss'], '.3f'), number(s['log_loss_calibrated'], '.3f'),
+        speed, memory = number(s['pairs_per_second'], ',.0f'), number(s['peak_memory_bytes'], '.2f', 2**-30)
+        return [s['name'], number(s['n_trained_parameters'], ',.0f'), shared or speed, shared or memory,
+                number(s['ece'], '.1f', 100), number(s['ece_calibrated'], '.1f', 100),
+                number(s['log_loss'], '.3f'), number(s['log_loss_calibrated'], '.3f'),
                 number(s['length_matched'], '.1f', 100), number(s['length_correlation'], '+.2f')]
     return markdown_table(header, [cells(row, s) for row, s in zip(c.rows, scores)])
 
@@ -568,7 +630,8 @@ def _legend(ax, **kwargs): # beside the axes; a dollar is a dollar
 def _over(c): return 'pairs and seeds' if any(len(r.runs) > 1 for r in c.models) else 'pairs'
 
 # %% ../nbs/60_compare.ipynb #8448a9c2
-def _rows_figure(names, title, n_cols=1, width=3.6, beside=1.6, **kwargs): # axes with a named line for each row, large enough for the names
+def _rows_figure(names, title, n_cols=1, width=3.6, beside=1.6, **kwargs):
+    "Axes with a named line for each row, large enough for the names."
     labels = [_drawn(n) for n in names]
     height = len(labels)*(.16 + .15*max(1 + l.count('\n') for l in labels))
     fig, axes = figure(n_cols, width=width + (_inches(labels) + beside)/n_cols, height=height + 1.3, **kwargs)
@@ -578,11 +641,14 @@ def _rows_figure(names, title, n_cols=1, width=3.6, beside=1.6, **kwargs): # axe
     _title(fig, title)
     return fig, axes
 
-def _styles(c): # row's name -> colour, line, mark; a readout has one colour, trained or frozen, as long as that tells rows apart
-    by_readout = len({(r.readout, r.trained) for r in c.models}) == len(c.models) and {r.readout for r in c.models} <= {*ORDER}
+def _styles(c): # row's name -> colour, line, mark
+    kinds = {(r.readout, r.trained) for r in c.models}
+    by_readout = len(kinds) == len(c.models) and {readout for readout, _ in kinds} <= {*ORDER}
     def style(i, r):
-        if by_readout: return dict(color=COLOURS[ORDER.index(r.readout)], ls=('--', '-')[r.trained], marker='so'[r.trained])
-        return dict(color=COLOURS[i % len(COLOURS)], ls=('-', '--', ':', '-.')[i//len(COLOURS) % 4], marker='osD^v'[i//len(COLOURS) % 5])
+        if by_readout: # a readout has one colour, trained or frozen
+            return dict(color=COLOURS[ORDER.index(r.readout)], ls=('--', '-')[r.trained], marker='so'[r.trained])
+        again, i = divmod(i, len(COLOURS))
+        return dict(color=COLOURS[i], ls=('-', '--', ':', '-.')[again % 4], marker='osD^v'[again % 5])
     return {r.name: style(i, r) for i, r in enumerate(c.models)}
 
 # %% ../nbs/60_compare.ipynb #4227fd81
@@ -591,7 +657,8 @@ def accuracy_numbers(c:Comparison, scores:list[dict]) -> pd.DataFrame:
     rows = []
     for s, row in zip(scores, c.rows):
         rows.append(dict(row=s['name'], seed=None) | {k: s['test'][k] for k in ('accuracy', 'low', 'high', 'n')})
-        rows += [dict(row=s['name'], seed=r.summary['seed'], accuracy=r.summary['test']['accuracy'], n=s['test']['n']) for r in row.runs]
+        rows += [dict(row=s['name'], seed=r.summary['seed'], accuracy=r.summary['test']['accuracy'], n=s['test']['n'])
+                 for r in row.runs]
     return pd.DataFrame(rows)
 
 # %% ../nbs/60_compare.ipynb #1183d944
@@ -604,7 +671,8 @@ def plot_accuracy(c:Comparison, scores:list[dict]):
         ends = [[100*(t['accuracy'] - t['low'])], [100*(t['high'] - t['accuracy'])]]
         ax.errorbar(100*t['accuracy'], i, xerr=ends, fmt='o', ms=5, capsize=3, color=color, zorder=3)
         seeds = [100*r.summary['test']['accuracy'] for r in row.runs]
-        if i in several: ax.plot(seeds, [i + .22]*len(seeds), '.', ms=5, color=COLOURS[1], label='one seed' if i == several[0] else None)
+        label = 'one seed' if i in several[:1] else None
+        if i in several: ax.plot(seeds, [i + .22]*len(seeds), '.', ms=5, color=COLOURS[1], label=label)
     ax.axvline(50, color='gray', ls=':', lw=1, label='chance')
     if c.ceiling is not None: ax.axvline(100*c.ceiling, color=COLOURS[2], ls='--', lw=1, label='best reachable')
     ax.set_xlabel(f'test accuracy (%), 95% interval over {_over(c)}')
@@ -615,7 +683,8 @@ def plot_accuracy(c:Comparison, scores:list[dict]):
 def difference_numbers(c:Comparison, scores:list[dict]) -> pd.DataFrame:
     "Differences to row 1."
     keys = ('difference', 'low', 'high', 'p', 'p_corrected', 'n')
-    return pd.DataFrame([dict(row=s['name']) | {k: s['difference'].get(k) for k in keys} for s in scores if s['difference']])
+    return pd.DataFrame([dict(row=s['name']) | {k: s['difference'].get(k) for k in keys}
+                         for s in scores if s['difference']])
 
 def plot_differences(c:Comparison, scores:list[dict]): # None where there is one row
     "Differences to row 1 with their intervals; filled where the corrected p-value is below 0.05."
@@ -625,7 +694,8 @@ def plot_differences(c:Comparison, scores:list[dict]): # None where there is one
     for i, s in enumerate(rest):
         d = s['difference']
         x, low, high = (100*d[k] for k in ('difference', 'low', 'high'))
-        ax.errorbar(x, i, xerr=[[x - low], [high - x]], fmt='o', ms=5, capsize=3, color='#555555' if s['baseline'] else COLOURS[0],
+        color = '#555555' if s['baseline'] else COLOURS[0]
+        ax.errorbar(x, i, xerr=[[x - low], [high - x]], fmt='o', ms=5, capsize=3, color=color,
                     mfc=None if d.get('p_corrected', 1) < .05 else 'white')
         words = f'p = {_p(d)}'.replace('= <', '<') if d['recipes'] else _p(d)
         ax.annotate(words, (1.01, i), xycoords=('axes fraction', 'data'), va='center', fontsize=8)
@@ -637,8 +707,9 @@ def plot_differences(c:Comparison, scores:list[dict]): # None where there is one
 def cost_numbers(c:Comparison, scores:list[dict]) -> pd.DataFrame:
     "Speed, size and accuracy of the readouts; no speed where it is not the row's own."
     keys = ('pairs_per_second', 'seconds', 'peak_memory_bytes', 'n_trained_parameters')
-    return pd.DataFrame([dict(row=s['name']) | {k: s[k] for k in keys} | {f'test_{k}': s['test'][k] for k in ('accuracy', 'low', 'high')}
-                         for s in scores if not s['baseline']])
+    of_test = lambda s: {f'test_{k}': s['test'][k] for k in ('accuracy', 'low', 'high')}
+    models = [s for s in scores if not s['baseline']]
+    return pd.DataFrame([dict(row=s['name']) | {k: s[k] for k in keys} | of_test(s) for s in models])
 
 def without_speed(c:Comparison) -> list[str]:
     "The readouts that `cost.png` can't show."
@@ -660,7 +731,8 @@ def plot_cost(c:Comparison, scores:list[dict]): # None where no row has a speed 
         ax.errorbar(x, y, yerr=[[y - 100*t['low']], [100*t['high'] - y]], fmt='none', ecolor=look['color'], lw=1)
         ax.scatter(x, y, s=20 + 180*s['n_trained_parameters']/most, alpha=.8, label=label, **look)
     ax.set(xscale='log', ylabel='test accuracy (%)')
-    ax.set_xlabel(_drawn('training speed (pairs/s)') + ('\n' + _drawn(f'not shown, speed shared: {named}', 42) if missing else ''), parse_math=False)
+    below = '\n' + _drawn(f'not shown, speed shared: {named}', 42) if missing else ''
+    ax.set_xlabel(f'training speed (pairs/s){below}', parse_math=False)
     wide = ax.get_xlim()[1] > 8*ax.get_xlim()[0]
     ax.xaxis.set_major_locator(LogLocator(subs=[1, 2, 5] if wide else [1, 1.5, 2, 3, 4, 5, 6, 8]))
     ax.xaxis.set_major_formatter('{x:,g}')
@@ -675,9 +747,12 @@ def curve(run:Saved) -> pd.Series: # batch -> validation accuracy
     path = run.folder/'results'/'history.jsonl'
     def point(h):
         batch, accuracy = h['batch'], h['validation/accuracy']
-        if type(batch) is not int or not 0 <= batch < 2**31 or not _number(accuracy, 0, 1): raise ValueError(f'batch {str(batch)[:20]!r} with accuracy {str(accuracy)[:20]!r}')
+        if type(batch) is not int or not 0 <= batch < 2**31 or not _number(accuracy, 0, 1):
+            raise ValueError(f'batch {str(batch)[:20]!r} with accuracy {str(accuracy)[:20]!r}')
         return batch, float(accuracy)
-    try: found = dict(point(h) for h in map(json.loads, read_bytes(path, 2**28).splitlines()) if 'validation/accuracy' in h.keys())
+    try:
+        rows = map(json.loads, read_bytes(path, 2**28).splitlines())
+        found = dict(point(h) for h in rows if 'validation/accuracy' in h.keys())
     except ConfigError: raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(f'{path}: no history of a run ({first_line(e)}); remove the run') from None
@@ -685,14 +760,15 @@ def curve(run:Saved) -> pd.Series: # batch -> validation accuracy
 
 def curve_numbers(c:Comparison) -> pd.DataFrame:
     "Validation accuracy of each run as training goes on."
-    return pd.DataFrame([dict(row=row.name, seed=r.summary['seed'], batch=b, validation_accuracy=v) for row in c.models for r in row.runs for b, v in curve(r).items()],
-                        columns=['row', 'seed', 'batch', 'validation_accuracy'])
+    found = [(row.name, r.summary['seed'], *point) for row in c.models for r in row.runs for point in curve(r).items()]
+    return pd.DataFrame(found, columns=['row', 'seed', 'batch', 'validation_accuracy'])
 
 # %% ../nbs/60_compare.ipynb #97924947
 def plot_curves(c:Comparison):
     "Validation accuracy as training goes on: the mean over seeds, and each seed."
     labels, styles, numbers = {r.name: _drawn(r.name) for r in c.models}, _styles(c), curve_numbers(c)
-    fig, ax = figure(width=4.2 + _inches(labels.values(), 8), height=max(3.2, .8 + .2*sum(1 + l.count('\n') for l in labels.values())))
+    lines = sum(1 + l.count('\n') for l in labels.values())
+    fig, ax = figure(width=4.2 + _inches(labels.values(), 8), height=max(3.2, .8 + .2*lines))
     for name, label in labels.items():
         style = {k: v for k, v in styles[name].items() if k != 'marker'}
         curves = numbers[numbers.row == name].pivot(index='batch', columns='seed', values='validation_accuracy')
@@ -706,8 +782,8 @@ def plot_curves(c:Comparison):
 
 # %% ../nbs/60_compare.ipynb #c0a7a5ea
 def calibration_numbers(c:Comparison) -> pd.DataFrame:
-    """How often the favourite is right by the probability that is claimed for it, over all seeds of a row, as trained and with each run's own temperature.
-    An interval is that of a seed's share of the pairs, since seeds judge the same ones."""
+    """How often the favourite is right by the probability that is claimed for it, over all seeds of a row, as trained
+    and with each run's own temperature. An interval is that of a seed's share, since seeds judge the same pairs."""
     rows = []
     for row in c.models:
         tables, T = row.tables['test'], [r.summary['temperature'] for r in row.runs]
@@ -722,7 +798,8 @@ def _panel(ax, row, numbers, s):
     ax.plot([50, 100], [50, 100], color='gray', ls='--', lw=1)
     for what, key, color in (('as trained', 'ece', '#D55E00'), ('with temperature', 'ece_calibrated', '#0072B2')):
         r = numbers[(numbers.row == row.name) & (numbers.what == what)]
-        ax.errorbar(100*r.claimed, 100*r.right, yerr=[100*(r.right - r.low), 100*(r.high - r.right)], fmt='o-', ms=4, lw=1, capsize=2, color=color,
+        ends = [100*(r.right - r.low), 100*(r.high - r.right)]
+        ax.errorbar(100*r.claimed, 100*r.right, yerr=ends, fmt='o-', ms=4, lw=1, capsize=2, color=color,
                     label=f'{what}: ECE {100*s[key]:.1f}')
     n = len(row.runs)
     ax.set_title(f'{_drawn(row.name)}\n{n} seed{"s"*(n > 1)}', fontsize=8, parse_math=False)
@@ -751,18 +828,21 @@ def plot_calibration(c:Comparison, scores:list[dict], n_cols:int=3):
 def length_numbers(scores:list[dict]) -> pd.DataFrame:
     "Correlation of margin and length, and accuracy on all and on length-matched pairs."
     shown = [s for s in scores if s['length_correlation'] is not None]
-    return pd.DataFrame([dict(row=s['name'], length_correlation=s['length_correlation'], accuracy=s['test']['accuracy'], length_matched=s['length_matched']) for s in shown])
+    keys = ('length_correlation', 'length_matched')
+    return pd.DataFrame([dict(row=s['name'], accuracy=s['test']['accuracy']) | {k: s[k] for k in keys} for s in shown])
 
 # %% ../nbs/60_compare.ipynb #7b889dd7
 def plot_length(scores:list[dict]): # None where no margin or no length varies
     "Correlation of margin and length, and accuracy on all and on length-matched pairs."
     shown = [s for s in scores if s['length_correlation'] is not None]
     if not shown: return None
-    fig, (left, right) = _rows_figure([s['name'] for s in shown], 'The part of length', 2, width=2.7, beside=1.5, sharey=True)
-    y = range(len(shown))
-    left.barh(y, [s['length_correlation'] for s in shown], color=['#999999' if s['baseline'] else COLOURS[0] for s in shown])
+    names, y = [s['name'] for s in shown], range(len(shown))
+    fig, (left, right) = _rows_figure(names, 'The part of length', 2, width=2.7, beside=1.5, sharey=True)
+    colours = ['#999999' if s['baseline'] else COLOURS[0] for s in shown]
+    left.barh(y, [s['length_correlation'] for s in shown], color=colours)
     left.axvline(0, color='gray', lw=1)
-    left.set(xlabel="Spearman's correlation of margin and\ndifference in length (-1 to 1)", title='Length in the margin')
+    left.set_xlabel("Spearman's correlation of margin and\ndifference in length (-1 to 1)")
+    left.set_title('Length in the margin')
     right.plot([100*s['test']['accuracy'] for s in shown], y, 'o', color=COLOURS[0], label='all pairs')
     right.axvline(50, color='gray', ls=':', lw=1)
     matched = [math.nan if s['length_matched'] is None else 100*s['length_matched'] for s in shown]
@@ -774,7 +854,8 @@ def plot_length(scores:list[dict]): # None where no margin or no length varies
 # %% ../nbs/60_compare.ipynb #b9a2d120
 def votes(c:Comparison) -> pd.DataFrame: # pairs x rows: share of the row's seeds that prefer the chosen text, ties half
     "How each readout decides each test pair."
-    share = lambda row: pd.concat([(np.sign(t.set_index('id').margin) + 1)/2 for t in row.tables['test']], axis=1).mean(axis=1)
+    sides = lambda t: (np.sign(t.set_index('id').margin) + 1)/2
+    share = lambda row: pd.concat([sides(t) for t in row.tables['test']], axis=1).mean(axis=1)
     return pd.DataFrame({r.name: share(r) for r in c.models})
 
 def disagreement_numbers(c:Comparison) -> pd.DataFrame: # rows x rows, percent
@@ -793,7 +874,8 @@ def plot_disagreement(c:Comparison): # None for a single row
     ax.grid(False)
     ax.imshow(m, cmap='Blues', vmin=0, aspect='auto')
     for i, j in itertools.product(range(n), range(n)):
-        ax.text(j, i, f'{m[i, j]:.0f}', ha='center', va='center', fontsize=8, color='white' if m[i, j] > .6*m.max() else 'black')
+        color = 'white' if m[i, j] > .6*m.max() else 'black'
+        ax.text(j, i, f'{m[i, j]:.0f}', ha='center', va='center', fontsize=8, color=color)
     ax.set_xticks(range(n), range(1, n + 1))
     ax.set_yticks(range(n), labels, fontsize=8, parse_math=False)
     _title(fig, f'Decided differently, % of {c.n("test"):,} test pairs')
@@ -801,26 +883,29 @@ def plot_disagreement(c:Comparison): # None for a single row
 
 # %% ../nbs/60_compare.ipynb #9dc6ba3c
 def judges(c:Comparison) -> list[Row]:
-    "The readouts that are right more often than every baseline, or all if fewer than two are: what the others say of a single pair is chance."
+    "The readouts that are right more often than every baseline, or all if fewer than two are: the others guess."
     right = lambda r: seeds_accuracy(r.tables['test'])['accuracy']
     most = max((right(r) for r in c.rows if r.baseline), default=0)
     return good if len(good := [r for r in c.models if right(r) > most]) > 1 else c.models
 
 def suspected(c:Comparison) -> pd.DataFrame: # as `suspicious` gives
     "Test pairs that every run of the judges gets wrong."
-    return suspicious([t for r in judges(c) for t in r.tables['test']], [x.summary['temperature'] for r in judges(c) for x in r.runs])
+    rows = judges(c)
+    temperatures = [x.summary['temperature'] for r in rows for x in r.runs]
+    return suspicious([t for r in rows for t in r.tables['test']], temperatures)
 
 # %% ../nbs/60_compare.ipynb #49235a50
 def divided(c:Comparison) -> pd.DataFrame: # id, subset, probability (share of rows on the label's side), right, wrong
-    "Test pairs on which the judges part most: every row's seeds agree among themselves and half the rows are on either side, as nearly as can be."
+    "Test pairs on which the judges part most: a row's seeds agree, and half the rows are on either side."
     v = votes(c)[[r.name for r in judges(c)]]
     certain, side = (2*(v - .5).abs()).mean(axis=1), (v > .5).mean(axis=1)
     subset = c.rows[0].tables['test'][0].set_index('id').subset
     order = (certain - 2*(side - .5).abs()).sort_values(ascending=False, kind='stable').index
     order = order[(side[order] > 0) & (side[order] < 1)]
     names = lambda i, right: ', '.join(n for n in v if (v.loc[i, n] > .5) == right)
-    return pd.DataFrame(dict(id=order, subset=subset[order].to_numpy(), probability=side[order].to_numpy(), n_models=len(v.columns),
-                             right=[names(i, True) for i in order], wrong=[names(i, False) for i in order]))
+    return pd.DataFrame(dict(id=order, subset=subset[order].to_numpy(), probability=side[order].to_numpy(),
+                             n_models=len(v.columns), right=[names(i, True) for i in order],
+                             wrong=[names(i, False) for i in order]))
 
 # %% ../nbs/60_compare.ipynb #c2afe0ba
 @dataclass
@@ -832,13 +917,21 @@ class Figure:
 
 # %% ../nbs/60_compare.ipynb #4dc2d4f1
 FIGURES = dict(
-    accuracy=Figure(plot_accuracy, accuracy_numbers, 'Test accuracy of each row with its 95% interval, and of each seed.'),
-    differences=Figure(plot_differences, difference_numbers, 'Test accuracy of each row minus that of row 1, with its 95% interval; filled where the corrected p-value is below 0.05.'),
-    cost=Figure(plot_cost, cost_numbers, 'Training speed and test accuracy with its 95% interval; the area is the number of trained parameters.'),
-    curves=Figure(lambda c, s: plot_curves(c), lambda c, s: curve_numbers(c), 'Validation accuracy as training goes on: the mean over seeds (thick), and each seed.'),
-    calibration=Figure(plot_calibration, lambda c, s: calibration_numbers(c), 'How often the favourite is the chosen one, by the probability claimed for it, over all seeds; ECE is the mean over seeds, as in the table.'),
-    length=Figure(lambda c, s: plot_length(s), lambda c, s: length_numbers(s), 'Rank correlation of margin and length, and accuracy on all and on length-matched pairs, means over seeds.'),
-    disagreement=Figure(lambda c, s: plot_disagreement(c), lambda c, s: disagreement_numbers(c), 'Share of the test pairs that two rows decide differently, each by the majority of its seeds.'))
+    accuracy=Figure(plot_accuracy, accuracy_numbers,
+        'Test accuracy of each row with its 95% interval, and of each seed.'),
+    differences=Figure(plot_differences, difference_numbers,
+        'Test accuracy of each row minus that of row 1, with 95% interval; filled where p, corrected, is below 0.05.'),
+    cost=Figure(plot_cost, cost_numbers,
+        'Training speed and test accuracy with its 95% interval; the area is the number of trained parameters.'),
+    curves=Figure(lambda c, s: plot_curves(c), lambda c, s: curve_numbers(c),
+        'Validation accuracy as training goes on: the mean over seeds (thick), and each seed.'),
+    calibration=Figure(plot_calibration, lambda c, s: calibration_numbers(c),
+        'How often the favourite is the chosen one, by the probability claimed for it, over all seeds; '
+        'ECE is the mean over seeds, as in the table.'),
+    length=Figure(lambda c, s: plot_length(s), lambda c, s: length_numbers(s),
+        'Rank correlation of margin and length, and accuracy on all and on length-matched pairs, means over seeds.'),
+    disagreement=Figure(lambda c, s: plot_disagreement(c), lambda c, s: disagreement_numbers(c),
+        'Share of the test pairs that two rows decide differently, each by the majority of its seeds.'))
 
 # %% ../nbs/60_compare.ipynb #8d378457
 def reading(scores:list[dict]) -> list[str]: # a sentence a row
@@ -847,7 +940,8 @@ def reading(scores:list[dict]) -> list[str]: # a sentence a row
         d, p = s['difference'], _p(s['difference'])
         told = f'{abs(100*d["difference"]):.1f} points {"above" if d["difference"] > 0 else "below"} row 1'
         if not d['recipes']: return f'- {s["name"]}: {told}, of one seed, which says nothing of recipes.'
-        return f'- {s["name"]}: {told}, p {"" if "<" in p else "= "}{p}; ' + ('told apart from it.' if d['p_corrected'] < .05 else 'not told apart from it.')
+        verdict = 'told apart from it.' if d['p_corrected'] < .05 else 'not told apart from it.'
+        return f'- {s["name"]}: {told}, p {"" if "<" in p else "= "}{p}; {verdict}'
     return [words(s) for s in scores if s['difference']]
 
 # %% ../nbs/60_compare.ipynb #d671d624
@@ -864,22 +958,26 @@ def _ranges(numbers): # 1 to 5, 7
         else: out.append([n, n])
     return ', '.join(str(a) if a == b else f'{a} to {b}' if b > a + 1 else f'{a}, {b}' for a, b in out)
 
-_IN_CAPTIONS = ('training.optimizer.type', 'training.optimizer.init_lr', 'training.optimizer.final_lr', 'training.loop.train_batch_size',
-                'training.loop.n_epochs', 'training.loop.n_batches', 'training.precision', 'data.max_tokens')
+_IN_CAPTIONS = ('training.optimizer.type', 'training.optimizer.init_lr', 'training.optimizer.final_lr',
+                'training.loop.train_batch_size', 'training.loop.n_epochs', 'training.loop.n_batches',
+                'training.precision', 'data.max_tokens')
 
 # %% ../nbs/60_compare.ipynb #45d47562
 def circumstances(c:Comparison) -> str: # ends each caption
     "Pairs, seeds, settings and commit, in a line."
     common, commits = common_settings(c), Counter(r.commit for r in c.runs)
     settings = ', '.join(_setting(k.rsplit('.', 1)[-1], k, common) for k in _IN_CAPTIONS if k in common)
-    return (f'{c.data_name}: n = {c.n("test"):,} test and {c.n("validation"):,} validation pairs; seeds {_ranges(r.summary["seed"] for r in c.runs)}; '
-            + (f'{settings}; ' if settings else '') + f'commit {", ".join(commits)}.')
+    n = f'n = {c.n("test"):,} test and {c.n("validation"):,} validation pairs'
+    seeds = f'seeds {_ranges(r.summary["seed"] for r in c.runs)}'
+    return f'{c.data_name}: ' + '; '.join(filter(None, [n, seeds, settings, f'commit {", ".join(commits)}.']))
 
 def clustering(c:Comparison, scores:list[dict]) -> str:
     "What it changes that pairs of one conversation count together."
     effects, n = [s['test']['design_effect'] for s in scores], scores[0]['test']['n_conversations']
-    return (f'Pairs of one conversation (the same first human turn) may be right or wrong together, so intervals and p-values count them together: {c.n("test"):,} test pairs are of {n:,} conversations. '
-            f'This multiplies the variance over pairs by {min(effects):.2f} to {max(effects):.2f} (the design effect of the rows\' test accuracies; 1 would be independent pairs).')
+    return ('Pairs of one conversation (the same first human turn) may be right or wrong together, so intervals and '
+            f'p-values count them together: {c.n("test"):,} test pairs are of {n:,} conversations. '
+            f'This multiplies the variance over pairs by {min(effects):.2f} to {max(effects):.2f} '
+            '(the design effect of the rows\' test accuracies; 1 would be independent pairs).')
 
 # %% ../nbs/60_compare.ipynb #f8a42b87
 _MARKS = {'&': '&amp;', '<': '&lt;', '`': '&#96;'}
@@ -902,8 +1000,11 @@ def write_figures(c:Comparison, scores:list[dict], folder:Path, formats) -> list
     end, out = circumstances(c), []
     for k, (name, f) in enumerate(FIGURES.items(), 1):
         fig, caption = f.plot(c, scores), f'{f.caption} {end}'
-        if fig is None: out.append(f'*Figure {k} ({name}) is left out: these rows have nothing to draw there.*'); continue
-        if name == 'cost' and (missing := without_speed(c)): caption += f' Not shown, since their speed is shared: {", ".join(missing)}.'
+        if fig is None:
+            out.append(f'*Figure {k} ({name}) is left out: these rows have nothing to draw there.*')
+            continue
+        if name == 'cost' and (missing := without_speed(c)):
+            caption += f' Not shown, since their speed is shared: {", ".join(missing)}.'
         for form in formats: fig.savefig(folder/f'{name}.{form}', dpi=130)
         plt.close(fig)
         write_numbers(f.numbers(c, scores), folder/f'{name}.csv', index=name == 'disagreement')
@@ -912,6 +1013,7 @@ def write_figures(c:Comparison, scores:list[dict], folder:Path, formats) -> list
 
 # %% ../nbs/60_compare.ipynb #0b9f3788
 def _lines(text): return text.replace('\n', '  \n')      # Markdown keeps them apart
+def _joined(*parts): return '\n\n'.join(filter(None, parts))
 
 # %% ../nbs/60_compare.ipynb #3cfe40e8
 def _sections(c, scores, pairs, command): # heading -> text, but for figures
@@ -919,39 +1021,50 @@ def _sections(c, scores, pairs, command): # heading -> text, but for figures
     notes = [*c.notes, *origin_notes(c)]
     commits = Counter(r.commit for r in c.runs)
     of = f'commit {[*commits][0]}' if len(commits) == 1 else f'commits {_counted(commits)}'
-    about = [f'Made {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by rlhf_flant5 {__version__}, from {len(c.runs)} run{"s"*(len(c.runs) > 1)} of {of}.']
-    if command: about.append(f'Command: {command}')
-    found = {'': '\n\n'.join(about), 'Test accuracy': '\n\n'.join(filter(None, [table, '\n'.join(f'- {l}' for l in key_lines(c)), _lines(footnotes(table)), '\n'.join(reading(scores)), clustering(c, scores)]))}
+    now, n = f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC', len(c.runs)
+    about = f'Made {now} by rlhf_flant5 {__version__}, from {n} run{"s"*(n > 1)} of {of}.'
+    key = '\n'.join(f'- {l}' for l in key_lines(c))
+    found = {'': _joined(about, command and f'Command: {command}')}
+    words = '\n'.join(reading(scores))
+    found['Test accuracy'] = _joined(table, key, _lines(footnotes(table)), words, clustering(c, scores))
     if notes: found['What to know of these runs'] = '\n'.join(f'- {n}' for n in notes)
     for kind, text in kinds.items():
         n = len([d for d in pairs if d['kind'] == kind])
-        found[f'Every pair of {kind} readouts'] = f'{text}\n\nA row minus a column, in points of test accuracy; p-values are corrected for the {n} pair{"s"*(n > 1)} of this table (Holm 1979). Intervals stand in pairs.csv.'
+        words = (f'A row minus a column, in points of test accuracy; p-values are corrected for the {n} '
+                 f'pair{"s"*(n > 1)} of this table (Holm 1979). Intervals stand in pairs.csv.')
+        found[f'Every pair of {kind} readouts'] = _joined(text, words)
     costs = cost_table(c, scores)
     found['Subsets'] = subset_table(scores)
     found['Against baselines, points (* where p, corrected over this table, is below 0.05)'] = baseline_table(c)
-    found['Cost, calibration, length'] = 'Speeds are those of the runs, validation included and kept states not: what shared a machine with other programs can\'t be compared.\n\n' + '\n\n'.join(filter(None, [costs, _lines(footnotes(costs))]))
+    speeds = ('Speeds are those of the runs, validation included and kept states not: what shared a machine with other '
+              'programs can\'t be compared.')
+    found['Cost, calibration, length'] = _joined(speeds, costs, _lines(footnotes(costs)))
     return found
 
 # %% ../nbs/60_compare.ipynb #9e1ba4e3
-def write_report(c:Comparison, folder:Path, command:str='', formats:tuple[str, ...]=('png',)) -> str: # what a terminal shows
+def write_report(c:Comparison, folder:Path,
+                 command:str='',                      # that asked for it
+                 formats:tuple[str, ...]=('png',)     # of the figures
+                ) -> str: # what a terminal shows
     "Tables, figures, numbers and sheets of a comparison in a folder of their own."
     if folder.is_symlink(): raise ConfigError(f'{folder} is a link, and nothing is written through links; remove it')
     folder.mkdir(exist_ok=True, parents=True)
-    ends = ('png', 'svg', 'pdf', 'csv')
-    for name in ('report.md', 'scores.json', 'pairs.csv', 'suspicious.md', 'divided.md', *(f'{n}.{e}' for n in FIGURES for e in ends)):
+    figures = [f'{n}.{end}' for n in FIGURES for end in ('png', 'svg', 'pdf', 'csv')]
+    for name in ('report.md', 'scores.json', 'pairs.csv', 'suspicious.md', 'divided.md', *figures):
         (folder/name).unlink(missing_ok=True)     # subtle: a link there would be written through
     scores, pairs = all_scores(c), pair_differences(c)
     figures = write_figures(c, scores, folder, formats)
     sections = _sections(c, scores, pairs, command)
-    parts = [f'# {c.data_name.replace("|", "¦")}'] + [f'## {head}\n\n{text}' if head else text for head, text in sections.items()]
+    parts = [f'# {c.data_name}', *(_joined(head and f'## {head}', text) for head, text in sections.items())]
     settings = '\n'.join(f'    {k}: {_value(v)}' for k, v in common_settings(c).items())
     report = [*map(escaped, parts), '## Figures', *figures, '## Settings that all readouts share', settings]
     (folder/'report.md').write_text('\n\n'.join(report) + '\n', encoding='utf-8')
     write_json(folder/'scores.json', scores)
-    write_numbers(pd.DataFrame(pairs, columns=['kind', 'a', 'b', 'difference', 'low', 'high', 'p', 'p_corrected', 'n']), folder/'pairs.csv')
+    columns = ['kind', 'a', 'b', 'difference', 'low', 'high', 'p', 'p_corrected', 'n']
+    write_numbers(pd.DataFrame(pairs, columns=columns), folder/'pairs.csv')
     write_sheets(c, folder)
-    shown = [answer_table(c, scores), '\n'.join(key_lines(c)), footnotes(answer_table(c, scores)), '\n'.join(f'note: {n}' for n in (*c.notes, *origin_notes(c)))]
-    return '\n\n'.join(filter(None, shown))
+    table, notes = answer_table(c, scores), '\n'.join(f'note: {n}' for n in (*c.notes, *origin_notes(c)))
+    return _joined(table, '\n'.join(key_lines(c)), footnotes(table), notes)
 
 # %% ../nbs/60_compare.ipynb #c43ee190
 def write_sheets(c:Comparison, folder:Path):
@@ -963,13 +1076,19 @@ def write_sheets(c:Comparison, folder:Path):
 
 # %% ../nbs/60_compare.ipynb #85425f27
 def _parser():
-    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.compare', description='Compare saved runs: tables, figures, numbers and sheets to read, in the folder `comparison` among them.',
-        epilog='example: python -m rlhf_flant5.compare $RESULTS_ROOT_DIR --only \'hh-*\' --reference decoder_output --out hh --format pdf')
-    p.add_argument('results', type=Path, nargs='+', help='folders with runs, such as $RESULTS_ROOT_DIR, or folders of single runs')
-    p.add_argument('--only', action='append', default=[], metavar='PATTERN', help='only runs whose name or desc fits, such as \'hh-*\'; may be given again')
-    p.add_argument('--reference', metavar='NAME', help='the row that the others are compared with: its name, its readout, or the desc or folder name of a run; default: the first')
-    p.add_argument('--out', type=Path, metavar='FOLDER', help='where the report is written; default: `comparison` in the first results folder')
-    p.add_argument('--format', action='append', default=[], choices=['svg', 'pdf'], help='figures in this format too, beside PNG; may be given again')
+    p = argparse.ArgumentParser(prog='python -m rlhf_flant5.compare',
+        description='Compare saved runs: tables, figures, numbers and sheets to read, in the folder `comparison`.',
+        epilog='example: python -m rlhf_flant5.compare $RESULTS_ROOT_DIR --only \'hh-*\' --reference decoder_output')
+    p.add_argument('results', type=Path, nargs='+',
+        help='folders with runs, such as $RESULTS_ROOT_DIR, or folders of single runs')
+    p.add_argument('--only', action='append', default=[], metavar='PATTERN',
+        help='only runs whose name or desc fits, such as \'hh-*\'; may be given again')
+    p.add_argument('--reference', metavar='NAME',
+        help='row to compare with: its name, its readout, or desc or folder of one of its runs; default: the first')
+    p.add_argument('--out', type=Path, metavar='FOLDER',
+        help='where the report is written; default: `comparison` in the first results folder')
+    p.add_argument('--format', action='append', default=[], choices=['svg', 'pdf'],
+        help='figures in this format too, beside PNG; may be given again')
     return p
 
 # %% ../nbs/60_compare.ipynb #92d0d706
@@ -998,11 +1117,13 @@ def main(argv:list[str]|None=None) -> int: # exit code: 0 done, 2 bad input
             folder = out if len(found) == 1 else out.with_name(f'{out.name}-{k}')
             c.notes += [f'{u.name} is left out: unfinished' for u in unfinished]
             shown = write_report(c, folder, command, ('png', *args.format))
-            print(f'{c.data_name}: {c.n("validation"):,} validation and {c.n("test"):,} test pairs\n\n{shown}\n\nreport       {folder/"report.md"}')
+            n_pairs = f'{c.n("validation"):,} validation and {c.n("test"):,} test pairs'
+            print(f'{c.data_name}: {n_pairs}\n\n{shown}\n\nreport       {folder/"report.md"}')
     except ConfigError as e: print(f'error: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'error: {e.filename or root}: {e.strerror or e}; the report needs a folder that can be written', file=sys.stderr); return 2
     print(f'TensorBoard  tensorboard --logdir \'{args.results[0]}\'   then open the address that it prints',
-          f'a model      RewardModel.from_pretrained(\'{found[0].models[0].runs[0].folder}/simulation/best_model\')   from rlhf_flant5.score', sep='\n')
+          f'a model      RewardModel.from_pretrained(\'{found[0].runs[0].folder}/simulation/best_model\')'
+          '   from rlhf_flant5.score', sep='\n')
     return 0
 
 # %% ../nbs/60_compare.ipynb #418217f9

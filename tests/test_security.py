@@ -353,7 +353,7 @@ def test_escapes_in_settings_and_origin(results, capsys, odd, where):
 
 ALIASES = '\n'.join(['a: &a [x, x, x, x, x, x, x, x, x]', *(f'{b}: &{b} [{", ".join([f"*{a}"]*9)}]' for a, b in zip('abcdefgh', 'bcdefghi'))])
 
-@pytest.mark.parametrize('text', [ALIASES, 'a: &a {b: *a}\n', 'a: &a 1\nb: {<<: {c: *a}}\n', 'a: ' + '[' * 60000, 'x'*2**17, 'a: ' + '9'*5000, '- 1\n', 'a: !!python/object/apply:os.system [ls]'])
+@pytest.mark.parametrize('text', [ALIASES, 'a: &a {b: *a}\n', 'a: &a 1\nb: {<<: {c: *a}}\n', 'a: ' + '[' * 60000, 'x'*2**17, 'a: ' + '9'*5000, 'a: [0x' + 'f'*9999 + ']', '- 1\n', 'a: !!python/object/apply:os.system [ls]'])
 def test_settings_that_grow(results, capsys, text):
     "Nine lines of aliases stand for 10^9 leaves; they are refused before they grow, as is all else that no run writes."
     path, begun = saved_run(results, 0)/'data'/'config.yaml', time.monotonic()
