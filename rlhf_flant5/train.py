@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 # %% ../nbs/34_train.ipynb #df3be63b
 from .backbone import Backbone, load_flan_t5
 from .config import ConfigError, best_device, choices, choose_precision, load_config, parse_override, set_seed
-from .data import first_line, MicroBatch, PairBatches, counts_line, fingerprint, load_tokenizer, n_shared, pairs_folder, prepare_splits, read_pairs
+from .data import first_line, MicroBatch, PairBatches, conversation_keys, counts_line, fingerprint, load_tokenizer, n_shared, pairs_folder, prepare_splits, read_pairs
 from .explore import BASELINES
 from .features import FeatureBatches, keep_states, kept_features, weights_digest, without_decoder
 from .loop import CannotSave, History, NonFiniteLoss, OutOfMemory, TensorBoard, TrainingLoop, evaluate_all, resume_loops, run_loops, save_weights
@@ -244,12 +244,12 @@ def rewarded(pairs, chosen, rejected): # one row a pair
 def final_scores(runs, loops, batches, splits, share) -> list[dict]: # of each run {baselines, validation, temperature, test}
     "Score the best models on validation and test, with a temperature from validation; a row for each pair in `results/`."
     for l in loops: l.load_best()
-    test = splits['test']; rules = {name: pair_scores(f(test['chosen'][:]), f(test['rejected'][:]), test['subset'][:]) for name, f in BASELINES.items()}
+    test = splits['test']; rules = {name: pair_scores(f(test['chosen'][:]), f(test['rejected'][:]), test['subset'][:], clusters=conversation_keys(test['chosen'][:])) for name, f in BASELINES.items()}
     scores = [dict(baselines=rules) for _ in runs]
     for split in ('validation', 'test'):
         rewards = evaluate_all([l.model for l in loops], batches[split], loops[0].accelerator, share)
         for run, l, own, (c, r) in zip(runs, loops, scores, rewards):
-            own[split] = pair_scores(c, r, batches[split].subsets) | dict(calibration_error=calibration_error(c, r))
+            own[split] = pair_scores(c, r, batches[split].subsets, clusters=conversation_keys(splits[split]['chosen'][:])) | dict(calibration_error=calibration_error(c, r))
             if split == 'validation': own['temperature'] = fit_temperature(margins(c, r))
             if is_first(): write_pair_table(rewarded(splits[split], c, r), run.results/f'{split}_pairs.jsonl')
             log.info(f'{l.name}{split}: {show_scores(own[split])}')

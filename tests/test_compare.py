@@ -265,8 +265,8 @@ def test_sweep_goes_on(results, capsys):
     "A sweep over one seed, then over two in the same process: what is done is left alone and counted once."
     what = lambda n: ['--readouts', 'decoder_output', '--seeds', str(n), '--transformer', 'frozen', '-j', '2', '--no-baselines', 'experiment=toy', 'desc=s', 'data.n_train_data=64', 'data.n_test_data=64',
                       'training.loop.n_val_data=64', 'training.loop.n_batches=2', 'sim_man.allow_untracked=true']
-    done = program('rlhf_flant5.sweep', *what(1)); assert done.returncode == 0 and '1 runs, 0 of them done' in done.stdout, done.stderr
-    done = program('rlhf_flant5.sweep', *what(2)); assert done.returncode == 0 and '2 runs, 1 of them done; 1 processes to start' in done.stdout and '[2/2]' in done.stdout, done.stdout + done.stderr
+    done = program('rlhf_flant5.sweep', *what(1)); assert done.returncode == 0 and '1 run, 0 of them done' in done.stdout, done.stderr
+    done = program('rlhf_flant5.sweep', *what(2)); assert done.returncode == 0 and '2 runs, 1 of them done; 1 process to start' in done.stdout and '[2/2]' in done.stdout, done.stdout + done.stderr
     assert sweep.main([*what(2), '--dry-run']) == 0 and '2 of 2 done' in capsys.readouterr().out
 
 
