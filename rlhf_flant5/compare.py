@@ -968,7 +968,8 @@ def circumstances(c:Comparison) -> str: # ends each caption
     common, commits = common_settings(c), Counter(r.commit for r in c.runs)
     settings = ', '.join(_setting(k.rsplit('.', 1)[-1], k, common) for k in _IN_CAPTIONS if k in common)
     n = f'n = {c.n("test"):,} test and {c.n("validation"):,} validation pairs'
-    seeds = f'seeds {_ranges(r.summary["seed"] for r in c.runs)}'
+    numbers = {r.summary["seed"] for r in c.runs}
+    seeds = f'seed{"s"*(len(numbers) > 1)} {_ranges(numbers)}'
     return f'{c.data_name}: ' + '; '.join(filter(None, [n, seeds, settings, f'commit {", ".join(commits)}.']))
 
 def clustering(c:Comparison, scores:list[dict]) -> str:
