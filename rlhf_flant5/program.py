@@ -404,6 +404,16 @@ def share_parser():
 
 # %% ../nbs/60_compare.ipynb #818502c3
 def compare_parser():
-    p = new_parser('compare', 'It writes into the folder `comparison` among the runs.')
-    p.add_argument('results', type=Path, help='a folder with runs, such as $RESULTS_ROOT_DIR')
+    p = new_parser('compare', """It writes into the folder `comparison` among the runs.
+example: python -m rlhf_flant5.compare $RESULTS_ROOT_DIR --only 'hh-*' --reference decoder_output""")
+    p.add_argument('results', type=Path, nargs='+',
+        help='folders with runs, such as $RESULTS_ROOT_DIR, or folders of single runs')
+    p.add_argument('--only', action='append', default=[], metavar='PATTERN',
+        help='only runs whose name or desc fits, such as \'hh-*\'; may be given again')
+    p.add_argument('--reference', metavar='NAME',
+        help='row to compare with: its name, its readout, or desc or folder of one of its runs; default: the first')
+    p.add_argument('--out', type=Path, metavar='FOLDER',
+        help='where the report is written; default: `comparison` in the first results folder')
+    p.add_argument('--format', action='append', default=[], choices=['svg', 'pdf'],
+        help='figures in this format too, beside PNG; may be given again')
     return p

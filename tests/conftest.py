@@ -80,19 +80,32 @@ def examples(n):
     return settings(max_examples=max(1, int(n*float(times or 1))), derandomize=times is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def saved_run(results, i, right=None, seed=1, settings='', **changes):
-    "A finished run's folder, written by hand: `right` says which of its ten pairs it has right (or more, for more pairs)."
+def saved_run(results, i, right=None, seed=1, settings='', origin={}, turned=False, **changes):
+    """A finished run's folder, written by hand: `right` says which of its ten pairs it has right (or more, for more pairs); `origin` goes into its provenance.
+    `turned` has chosen and rejected texts exchanged in every pair, with lengths that don't show it."""
+    from rlhf_flant5.data import fingerprint
     from rlhf_flant5.metrics import pair_scores, pair_table, write_pair_table
-    folder = results/'Reward-Model-Training'/f'desc-x,index-{i}'; right = [True]*6 + [False]*4 if right is None else [*right]; n = len(right)
+    folder = results/'Reward-Model-Training'/f'desc-x,index-{i}'
     for name in ('data', 'results'): (folder/name).mkdir(parents=True)
-    margins = [1. + k/10 if r else -1. - k/10 for k, r in enumerate(right)]; ids, subsets = [f's/test:{k}' for k in range(n)], ['s', 't']*(n//2)
-    table = pair_table(ids, subsets, margins, [0.]*n, [20 + k % 3 for k in range(n)], [20 + k % 5 for k in range(n)], [9]*n); scores = pair_scores(margins, [0.]*n, subsets)
-    summary = dict(readout='decoder_output', seed=seed, train_transformer=True, cached_states=False, transformer_name='a', data_name='b', best_reachable_accuracy=None, n_trained_parameters=7, seconds=1., pairs_per_second=9.,
-                   peak_memory_bytes=2**30, temperature=1.5, validation=scores, test=scores) | changes
-    (folder/'data'/'config.yaml').write_text(f'seed: {seed}\n{settings}'); (folder/'results'/'summary.json').write_text(json.dumps(summary))
+    right = [True]*6 + [False]*4 if right is None else [*right]
+    n = len(right)
+    margins = [1. + k/10 if r else -1. - k/10 for k, r in enumerate(right)]
+    ids, subsets = [f's/test:{k}' for k in range(n)], ['s', 't']*(n//2)
+    table = pair_table(ids, subsets, margins, [0.]*n, [20 + k % 3 for k in range(n)], [20 + k % 5 for k in range(n)], [9]*n)
+    scores = pair_scores(margins, [0.]*n, subsets)
+    summary = dict(readout='decoder_output', seed=seed, train_transformer=True, cached_states=False, transformer_name='a', data_name='b', best_reachable_accuracy=None,
+                   n_trained_parameters=7, seconds=1., pairs_per_second=9., peak_memory_bytes=2**30, temperature=1.5, validation=scores, test=scores) | changes
+    (folder/'data'/'config.yaml').write_text(f'seed: {seed}\n{settings}', encoding='utf-8')
+    (folder/'results'/'summary.json').write_text(json.dumps(summary))
     (folder/'results'/'history.jsonl').write_text('{"batch": 5, "validation/accuracy": 0.5}\n{"batch": 9, "validation/accuracy": 0.6}\n')
+    say = lambda k, word, times: f'\n\nHuman: {k}?\n\nAssistant: {word*times}'
+    sides = [[say(k, 'yes ', k % 3 + 1) for k in range(n)], [say(k, 'no ', k % 5 + 1) for k in range(n)]][::-1 if turned else 1]
+    columns = dict(id=ids, subset=subsets, chosen=sides[0], rejected=sides[1])
     for split in ('validation', 'test'):
         write_pair_table(table, folder/'results'/f'{split}_pairs.jsonl')
-        with gzip.open(folder/'data'/f'{split}_texts.jsonl.gz', 'wt') as f:
-            for k, id in enumerate(ids): f.write(json.dumps(dict(id=id, subset=subsets[k], chosen=f'\n\nHuman: {k}?\n\nAssistant: {"yes "*(k % 3 + 1)}', rejected=f'\n\nHuman: {k}?\n\nAssistant: {"no "*(k % 5 + 1)}')) + '\n')
+        with gzip.open(folder/'data'/f'{split}_texts.jsonl.gz', 'wt', encoding='utf-8') as f:
+            for row in zip(*columns.values()): f.write(json.dumps(dict(zip(columns, row))) + '\n')
+    ended = f'2026-01-01T00:00:{i:02}+00:00'
+    provenance = dict(status='done', started=ended, ended=ended, source=dict(commit='c'*40, dirty=False), pairs=dict.fromkeys(('train', 'validation', 'test'), fingerprint(columns))) | origin
+    (folder/'data'/'provenance.json').write_text(json.dumps(provenance))
     return folder

@@ -1,5 +1,5 @@
 "Folders, caches and data that somebody else has made: what they bring is never run, never followed out of its place, and refused in one line."
-import ast, json, os, pickle, shutil, struct, subprocess, sys
+import ast, json, locale, os, pickle, shutil, struct, subprocess, sys, time
 from collections import Counter, defaultdict
 from pathlib import Path
 import numpy as np
@@ -7,6 +7,7 @@ import pytest, torch
 from conftest import root, saved_run, short
 from rlhf_flant5 import compare, features
 from rlhf_flant5.backbone import Backbone, load_flan_t5
+from rlhf_flant5.compare import comparisons, load_runs, write_report
 from rlhf_flant5.config import ConfigError, load_config
 from rlhf_flant5.data import PairBatches, encode, load_tokenizer, pad_ids, read_pairs
 from rlhf_flant5.features import keep_states
@@ -331,9 +332,82 @@ def test_hostile_summary(results, capsys, changes):
     said = capsys.readouterr().err; assert said.count('\n') == 1 and said[:-1].isprintable() and [*changes][0] in said
 
 
+ESCAPES = '\x1b]0;owned\x07\x1b[2J\x1b[31m', '\u202egnp.exe', 'a\u2066b', '\x9b31m'
+
+@pytest.mark.parametrize('odd', ESCAPES)
+@pytest.mark.parametrize('where', ['value', 'key', 'list', 'commit', 'precision'])
+def test_escapes_in_settings_and_origin(results, capsys, odd, where):
+    "What would write to the terminal or turn the reading order is refused in one printable line, or shown escaped."
+    folder = saved_run(results, 0)
+    saved_run(results, 1, seed=2)
+    config = dict(value=dict(type=odd), key={odd: 1}, list=dict(type=[odd]))
+    if where in config: (folder/'data'/'config.yaml').write_text(json.dumps(dict(seed=1, training=dict(optimizer=config[where]))))
+    if where == 'commit': change(folder/'data'/'provenance.json', source=dict(commit=odd))
+    if where == 'precision': (folder/'data'/'decided.json').write_text(json.dumps(dict(precision=odd)))
+    code, said = compare.main([str(results)]), capsys.readouterr()
+    assert code == (0 if where == 'list' else 2)
+    if code: assert said.err.count('\n') == 1 and said.err[:-1].isprintable() and folder.name in said.err
+    text = said.out + ''.join(p.read_text(encoding='utf-8') for p in results.glob('comparison/*.[mc][ds]*'))
+    assert all(c.isprintable() or c == '\n' for c in text)
+
+
+ALIASES = '\n'.join(['a: &a [x, x, x, x, x, x, x, x, x]', *(f'{b}: &{b} [{", ".join([f"*{a}"]*9)}]' for a, b in zip('abcdefgh', 'bcdefghi'))])
+
+@pytest.mark.parametrize('text', [ALIASES, 'a: &a {b: *a}\n', 'a: &a 1\nb: {<<: {c: *a}}\n', 'a: ' + '[' * 60000, 'x'*2**17, 'a: ' + '9'*5000, 'a: [0x' + 'f'*9999 + ']', '- 1\n', 'a: !!python/object/apply:os.system [ls]'])
+def test_settings_that_grow(results, capsys, text):
+    "Nine lines of aliases stand for 10^9 leaves; they are refused before they grow, as is all else that no run writes."
+    path, begun = saved_run(results, 0)/'data'/'config.yaml', time.monotonic()
+    path.write_text(text)
+    assert compare.main([str(results)]) == 2 and time.monotonic() - begun < 20
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'config.yaml' in said
+
+
+@pytest.mark.parametrize('name, text', [('results/summary.json', dict(seconds=10**400)), ('results/summary.json', dict(seed=-10**400)), ('results/history.jsonl', dict(batch=10**400)), ('results/history.jsonl', dict(batch='a')),
+                                        ('results/history.jsonl', dict(batch=True)), ('results/history.jsonl', {'validation/accuracy': 7}), ('results/history.jsonl', {'validation/accuracy': None}),
+                                        ('data/provenance.json', dict(source=[])), ('data/provenance.json', dict(pairs=dict(test='x'))), ('data/provenance.json', dict(ended=10**400))])
+def test_odd_numbers_of_a_run(results, capsys, name, text):
+    path = saved_run(results, 0)/name
+    if name.endswith('history.jsonl'): path.write_text(json.dumps({'batch': 5, 'validation/accuracy': .5} | text) + '\n')
+    else: change(path, **text)
+    assert compare.main([str(results)]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and name.rpartition('/')[2] in said and len(said) < 1200
+
+
+def test_a_report_loads_nothing(results):
+    "Names, settings and subsets that are tags, pictures, code or formulas to a viewer are words in the report, the sheets and the numbers."
+    bad = '<img src=http://evil/1>![x](http://evil/2)`code`'
+    for i, rate in enumerate((.1, .2)):
+        folder = saved_run(results, i, readout=('=HYPERLINK("http://evil/3")', 'decoder_output')[i], transformer_name=bad, data_name=bad, settings=f'training: {{optimizer: {{type: "{bad}", init_lr: {rate}, {json.dumps(bad)}: {i}}}}}\n')
+        for split in ('validation', 'test'):
+            path = folder/'results'/f'{split}_pairs.jsonl'
+            path.write_text(path.read_text().replace('"subset": "s"', f'"subset": {json.dumps(bad)}'))
+    assert compare.main([str(results), '--only', '*']) == 0
+    out = results/'comparison'
+    for name in ('report.md', 'suspicious.md', 'divided.md'):
+        text = (out/name).read_text(encoding='utf-8')
+        lines = [l for l in text.splitlines() if not l.startswith('    ')]      # indented: code
+        assert '<img' not in ''.join(lines) and '](http' not in ''.join(lines) and '`code`' not in ''.join(lines), name
+    assert '"\'=HYPERLINK' in (out/'cost.csv').read_text(encoding='utf-8') and '&lt;img src=' in (out/'report.md').read_text(encoding='utf-8')
+
+
+def test_a_report_is_utf8_in_any_locale(results):
+    "Files are written as UTF-8 where the locale's encoding is ASCII."
+    saved_run(results, 0, data_name='größer/数')
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, 'C')
+    try:
+        assert locale.getencoding() != 'UTF-8'
+        write_report(comparisons(load_runs(results)[0])[0], results/'out')
+    finally: locale.setlocale(locale.LC_CTYPE, before)
+    assert '# größer/数' in (results/'out'/'report.md').read_text(encoding='utf-8')
+
+
 def test_names_are_shown_as_they_are(results, capsys):
     "A dollar begins no formula in the figure, a bar ends no cell in the table."
     saved_run(results, 0, readout='$\\frac{', transformer_name='$\\evil$', data_name='a|b'); assert compare.main([str(results)]) == 0
+    saved_run(results, 1, readout='$\\frac{', transformer_name='$\\worse$', data_name='a|b'); assert compare.main([str(results)]) == 0      # in legends too
 
 
 @pytest.mark.parametrize('desc', ['../x', '..', '.hidden', 'a/b', '/etc', 'a\nb', '-rf', '~', '$HOME', 'x'*101])
