@@ -363,7 +363,7 @@ def write_report(c:Comparison, folder:Path) -> str: # the table
     for name in ('report.md', 'scores.json', 'suspicious.md', 'divided.md', *(f'{n}.png' for n in FIGURES)): (folder/name).unlink(missing_ok=True)     # subtle: a link there would be written through
     for name, plot in FIGURES.items(): fig = plot(c, scores); fig.savefig(folder/f'{name}.png', dpi=130); plt.close(fig)
     parts = [f'# {c.data_name.replace("|", "¦")}', answer_table(c, scores), '\n'.join(reading(scores)), '## Subsets', subset_table(scores), '## Against baselines, points (* where p, corrected, is below 0.05)', baseline_table(c), '## Cost, calibration, length', 'Speeds are those of the runs, validation included and kept states not: what shared a machine with other programs can\'t be compared.', cost_table(scores), *(f'![{n}]({n}.png)' for n in FIGURES)]
-    (folder/'report.md').write_text('\n\n'.join(parts) + '\n'); write_json(folder/'scores.json', scores)
+    (folder/'report.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8'); write_json(folder/'scores.json', scores)
     write_sheet(suspected(c), c.texts['test'], folder/'suspicious.md', title='pairs that every run gets wrong of ' + ', '.join(r.name for r in judges(c)))
     write_sheet(divided(c), c.texts['test'], folder/'divided.md', title='pairs on which the readouts part', say=lambda row: f'Right: {row.right}\n\nWrong: {row.wrong}')
     return parts[1]

@@ -100,7 +100,7 @@ MAX_TABLE = 2**28   # bytes, about a million pairs
 def write_pair_table(table:pd.DataFrame, # of `pair_table`
                      path:Path):
     "Write one JSON object a line for each pair; floats come back bit for bit."
-    with open(path, 'w') as f:
+    with open(path, 'w', encoding='utf-8') as f:
         for row in table[[*_KINDS]].to_dict('records'): f.write(json.dumps(row, allow_nan=False) + '\n')
 
 def read_pair_table(path:Path # `results/test_pairs.jsonl` of a run, or another that `write_pair_table` wrote
@@ -341,4 +341,4 @@ def write_sheet(found:pd.DataFrame,                   # of `suspicious`
         sides = [('Both', chosen[:max(cut, 0)]), ('Chosen', chosen[max(cut, 0):]), ('Rejected', rejected[max(cut, 0):])]
         parts += [f'## {k}. {row.id}\n\n{say(row)}', *(f'{name}:\n\n{_shown(t)}' for name, t in sides if t.strip()),
                   '- [ ] the label is wrong\n- [ ] the models are wrong\n- [ ] cannot tell']
-    Path(path).write_text('\n\n'.join(parts) + '\n')
+    Path(path).write_text('\n\n'.join(parts) + '\n', encoding='utf-8')

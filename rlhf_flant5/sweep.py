@@ -54,8 +54,9 @@ def is_done(settings:list[str]) -> bool:
     "Whether the run with these settings has ended well. Raises `ConfigError` if a run of this name has other settings."
     cfg = load_config(settings); folder = run_dir(cfg.desc, cfg.index)
     if not (folder/'data'/'provenance.json').is_file(): return False
-    run = Run(folder); run.check_settings(OmegaConf.to_yaml(cfg))
-    return run.provenance['status'] == 'done'
+    run = Run(folder)
+    longer = run.check_settings(OmegaConf.to_yaml(cfg))
+    return run.provenance['status'] == 'done' and not longer
 
 # %% ../nbs/36_sweep.ipynb #99276633
 CLASSICAL = ['tf-idf', 'tf-idf per subset']     # one model for all pairs; one for each subset, which is told apart by nobody but its name

@@ -121,3 +121,50 @@ def test_texts_of_a_file_arrive_as_they_are(tmp_path, value):
     (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create({'data': {'name': value}})), encoding='utf-8')
     o, = config.with_file(tmp_path/'my.yaml', [])
     assert config.parse_override(o).value() == value
+
+
+# C locale: every program in one process that can print nothing but ASCII
+
+C_LOCALE = dict(LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii', OMP_NUM_THREADS='1')
+EVERY_PROGRAM = r'''
+import importlib, json, os, sys, locale
+from pathlib import Path
+assert locale.getpreferredencoding(False).upper() in ('ANSI_X3.4-1968', 'US-ASCII', 'ASCII')
+here, pairs = Path(sys.argv[1]), sys.argv[2]
+run = here/'Reward-Model-Training'/'desc-c,index-0'
+model = str(run/'simulation'/'best_model')
+tiny = ['experiment=toy', 'sim_man.allow_untracked=true', 'device_name=cpu', 'training.loop.n_batches=2', 'data.n_train_data=64', 'training.loop.train_batch_size=16']
+commands = dict(
+    data=['check', f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy', '--json', str(here/'check.json')],
+    train=[*tiny, f"data.name='{pairs}'", 'data.subdirs=[s]', 'desc=c'],
+    sweep=['--seeds', '1', '--readouts', 'decoder_output', '--transformer', 'frozen', '--dry-run', *tiny],
+    evaluate=[model, pairs + '/s/test.jsonl', '--out', str(here/'evaluation'), '--device', 'cpu'],
+    score=[model, pairs + '/s/rows.jsonl', '--device', 'cpu'],
+    share=['card', str(run)],
+    compare=[str(here)])
+codes = {}
+for name, argv in commands.items(): codes[name] = importlib.import_module('rlhf_flant5.explore' if name == 'data' else f'rlhf_flant5.{name}').main(argv)
+print('ü – 例')
+Path(here/'codes.json').write_text(json.dumps(codes))
+'''
+
+
+def test_every_program_in_a_c_locale(tmp_path):
+    folder = tmp_path/'pairs'/'s'
+    folder.mkdir(parents=True)
+    from rlhf_flant5.toy import toy_pairs
+    for split, n in (('train', 80), ('test', 20)):
+        rows = [json.dumps(dict(chosen=r['chosen'] + ' naïve – ü', rejected=r['rejected'] + ' 例'), ensure_ascii=False) for r in toy_pairs(n, seed=5, split=split)]
+        (folder/f'{split}.jsonl').write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    (folder/'rows.jsonl').write_text('{"prompt": "ü?", "response": "例", "id": "é"}\n', encoding='utf-8')
+    (tmp_path/'results').mkdir()
+    (tmp_path/'every.py').write_text(EVERY_PROGRAM, encoding='utf-8')
+    done = subprocess.run([sys.executable, str(tmp_path/'every.py'), str(tmp_path/'results'), str(folder.parent)], capture_output=True, cwd=tmp_path,
+                          env=os.environ | C_LOCALE | {'PYTHONPATH': str(root), 'RESULTS_ROOT_DIR': str(tmp_path/'results')})
+    codes = json.loads((tmp_path/'results'/'codes.json').read_text()) if (tmp_path/'results'/'codes.json').exists() else {}
+    assert set(codes.values()) == {0}, (codes, done.stderr.decode(errors='replace')[-3000:])
+    assert done.stdout.isascii() and b'\\xfc' in done.stdout
+    written = [p for p in (tmp_path/'results').rglob('*') if p.suffix in ('.md', '.txt', '.log', '.yaml', '.jsonl', '.json') and p.is_file()]
+    assert len(written) > 15
+    for p in written: p.read_text(encoding='utf-8')
+    assert 'naïve' in (tmp_path/'results'/'evaluation'/'wrong.md').read_text(encoding='utf-8') + (tmp_path/'results'/'comparison'/'suspicious.md').read_text(encoding='utf-8')
