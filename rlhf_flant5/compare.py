@@ -25,8 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator
-from omegaconf import OmegaConf
-from .config import BOOK_STYLE, ConfigError, figure, markdown_table
+from .config import BOOK_STYLE, ConfigError, figure, markdown_table, parse_yaml
 from .data import first_line, read_bytes, read_rows
 from .explore import BASELINES
 from .metrics import calibration, compare_seeds, holm, length_correlation, length_matched, pair_table, plot_reliability, read_pair_table, seeds_accuracy, suspicious, write_sheet
@@ -66,7 +65,7 @@ class Saved:
 def read_run(folder:Path) -> Saved:
     "A run's summary, settings and pairs. Raises `FileNotFoundError` if it is not finished, `ConfigError` if it is damaged."
     summary = read_summary(folder/'results'/'summary.json')
-    try: settings = dict(flat_settings(OmegaConf.to_container(OmegaConf.create(read_bytes(folder/'data'/'config.yaml', 2**20).decode()))))
+    try: settings = dict(flat_settings(parse_yaml(read_bytes(folder/'data'/'config.yaml', 2**20), f'{folder}/data/config.yaml')))
     except ConfigError: raise
     except Exception as e: raise ConfigError(f'{folder}/data/config.yaml: cannot be read ({first_line(e)}); remove the run or mend the file') from None   # yaml's errors have no common class with OmegaConf's
     return Saved(folder, summary, settings, {s: read_pair_table(folder/'results'/f'{s}_pairs.jsonl') for s in ('validation', 'test')})

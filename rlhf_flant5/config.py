@@ -184,6 +184,10 @@ def meanings() -> dict[str, str]: # dotted key -> a line; also of settings that 
     return dict(_meanings(Config)) | dict(experiment='a set of defaults: toy, or hh for the recipe of HH-RLHF', model='the readout')
 
 # %% ../nbs/00_config.ipynb #13552b99
+def _quote_run(override:str) -> str:
+    "A run's folder has a comma in its name, which Hydra would read as a list of values: put it in quotes."
+    return re.sub(r"^([\w.]+)=([^'\"\[{]*desc-[^,=]+,index-[^,/'\"]+(/[^,]*)?)$", r"\1='\2'", override)
+
 def _compose(overrides):
     with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): return compose('reward_model_config', [*map(_quote_run, overrides)])
 
@@ -280,10 +284,6 @@ def _unknown(key, keys) -> ConfigError:
     return ConfigError(f'unknown setting {key!r}{hint}')
 
 # %% ../nbs/00_config.ipynb #fa2b9765
-def _quote_run(override:str) -> str:
-    "A run's folder has a comma in its name, which Hydra would read as a list of values: put it in quotes."
-    return re.sub(r"^([\w.]+)=([^'\"\[{]*desc-[^,=]+,index-[^,/'\"]+(/[^,]*)?)$", r"\1='\2'", override)
-
 def parse_override(override:str): # Hydra's `Override`
     "One setting as it stands on the command line. Raises `ConfigError`."
     override = _quote_run(override)

@@ -228,6 +228,7 @@ def start(argv:list[str]|None=None # default: the command line
     if name in ('-h', '--help'): print(list_programs())
     elif name == '--version': print(f'rlhf_flant5 {rlhf_flant5.__version__}')
     elif name in PROGRAMS:
+        set_signals(leave_at_once)
         sys.argv = [name, *rest]
         runpy.run_module(f'rlhf_flant5.{name}', run_name='__main__', alter_sys=True)   # ends with the program's exit
     else:

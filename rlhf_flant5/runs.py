@@ -17,9 +17,8 @@ from itertools import count
 from pathlib import Path
 from fastcore.basics import basic_repr, patch
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 import rlhf_flant5
-from .config import ConfigError
+from .config import ConfigError, parse_yaml
 
 # %% ../nbs/32_runs.ipynb #1ce1d930
 def check_name(
@@ -247,11 +246,13 @@ def flat_settings(cfg:dict, prefix:str=''):
         if isinstance(v, dict): yield from flat_settings(v, f'{prefix}{k}.')
         else: yield f'{prefix}{k}', v
 
+def _settings(config_yaml:str) -> dict: return dict(flat_settings(parse_yaml(config_yaml, 'config.yaml')))
+
 def changed_settings(
     old:str, new:str # configurations, YAML
 )->list[str]:        # `key was …, now …` for each that a run may not change
     "How a configuration differs from the one that a run began with."
-    old, new = (dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text)))) for text in (old, new))
+    old, new = _settings(old), _settings(new)
     shown = lambda d, k: repr(d[k]) if k in d else 'absent'
     return [f'{k} was {shown(old, k)}, now {shown(new, k)}' for k in sorted({*old, *new}) if shown(old, k) != shown(new, k) and not re.fullmatch(FREE_TO_CHANGE, k)]
 
@@ -269,8 +270,6 @@ def longer_run(
                       'begin a new run with model.start_from=<this run>, or plan with training.optimizer.init_lr equal to final_lr')
 
 # %% ../nbs/32_runs.ipynb #ce770a3a
-def _settings(config_yaml:str) -> dict: return dict(flat_settings(OmegaConf.to_container(OmegaConf.create(config_yaml))))
-
 @patch
 def check_settings(self:Run, config_yaml:str) -> bool: # whether it is to be trained longer than it was
     "Raise `ConfigError` for settings that are not those that the run began with, by name."

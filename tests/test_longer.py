@@ -1,7 +1,7 @@
 "More epochs for a run that is done, and a run that begins with the weights of another."
 import json
 import pytest
-from rlhf_flant5.config import ConfigError
+from rlhf_flant5.config import ConfigError, load_config, with_file
 from rlhf_flant5.train import main, train
 
 longer = ['experiment=toy', 'device_name=cpu', 'sim_man.allow_untracked=true', 'data.n_train_data=48', 'data.n_test_data=20', 'training.loop.n_val_data=40', 'training.precision=fp32',
@@ -22,6 +22,8 @@ def test_a_run_that_is_done_goes_on_to_more_epochs(results):
     assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])
     assert 'n_epochs: 4' in (run_files(results, 'part')/'data'/'config.yaml').read_text()
     train([*longer, 'desc=part', 'training.loop.n_epochs=4', 'resume=true'])      # is done already
+    given_back = load_config(with_file(run_files(results, 'whole'), ['desc=again', 'resume=true']))      # what --config <run> reads
+    assert given_back == load_config([*longer, 'desc=again', 'training.loop.n_epochs=4', 'resume=true'])
     for settings, says in (['training.loop.n_epochs=3'], 'n_epochs was 4, now 3'), (['training.loop.n_epochs=5', 'seed=7'], 'seed was 103, now 7'):
         with pytest.raises(ConfigError, match=says): train([*longer, 'desc=part', 'resume=true', *settings])
 
