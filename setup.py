@@ -20,4 +20,5 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=[name, f'{name}.*']),
     package_data={name: ['config/**/*.yaml']},  # config/ has no __init__.py: the module config.py owns that name
-    entry_points={'nbdev': [f'{name}={name}._modidx:d']}, zip_safe=False)
+    entry_points={'nbdev': [f'{name}={name}._modidx:d'],
+                  'console_scripts': [f'{name.replace("_", "-")}={name}.program:start']}, zip_safe=False)

@@ -21,7 +21,7 @@ from .program import compare_parser, early, program
 if __name__ == '__main__' and '__file__' in globals(): early(compare_parser)
 
 # %% ../nbs/60_compare.ipynb #b609a2f1
-import fnmatch, itertools, json, math, os, re, shlex, sys, textwrap, yaml
+import fnmatch, itertools, json, math, os, re, shlex, sys, textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,9 +33,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator
-from omegaconf import OmegaConf
 from . import __version__
-from .config import BOOK_STYLE, ConfigError, figure, markdown_table
+from .config import BOOK_STYLE, ConfigError, figure, markdown_table, parse_yaml
 from .data import conversation_keys, fingerprint, first_line, read_bytes, read_json, read_rows
 from .explore import BASELINES
 from .metrics import calibration, compare_seeds, holm, length_correlation, length_matched, pair_table
@@ -72,29 +71,18 @@ def read_summary(path:Path # a run's `results/summary.json`
     if bad: raise ConfigError(f'{path}: {", ".join(bad)} missing or not what a run writes; {way_out}')
     return found
 
-# %% ../nbs/60_compare.ipynb #342a71f1
+# %% ../nbs/60_compare.ipynb #33b82f1d
 _MAX_CONFIG = 2**16   # bytes; a run's own has some 2,000
 
-def _check_events(text):
-    "Raise `ValueError` for YAML that grows when it is built. Events come one by one, before anything is built."
-    depth = 0
-    for e in yaml.parse(text, Loader=yaml.SafeLoader):
-        # subtle: nine lines of aliases to aliases stand for 10^9 leaves
-        line = e.start_mark.line + 1
-        if getattr(e, 'anchor', None): raise ValueError(f'line {line} has an anchor or alias (& or *): no run has these')
-        depth += isinstance(e, yaml.CollectionStartEvent) - isinstance(e, yaml.CollectionEndEvent)
-        if depth > 20: raise ValueError(f'line {line} is nested more than 20 deep')
-
-# %% ../nbs/60_compare.ipynb #33b82f1d
 def read_settings(path:Path # a run's `data/config.yaml`
                  ) -> dict: # `training.optimizer.init_lr` -> value
     "The settings of a run, as dotted keys. Raises `ConfigError` if they are damaged, grow or can't be printed."
     way_out = 'remove the run or mend the file'
     text = read_bytes(path, _MAX_CONFIG)
     try:
-        _check_events(text)
-        found = dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text.decode()))))
+        found = dict(flat_settings(parse_yaml(text, path)))
         json.dumps(found, default=repr)     # subtle: a number of 10,000 hexadecimal digits is read, but not written
+    except ConfigError: raise
     except Exception as e:   # yaml's errors have no common class with OmegaConf's
         raise ConfigError(f'{path}: cannot be read ({first_line(e)}); {way_out}') from None
     odd = [k for k, v in found.items() if not k.isprintable() or type(v) is str and not v.isprintable()]

@@ -66,6 +66,7 @@ class ModelConfig:
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
     attention: str                     # by_text, padded, fused, flex, or auto: the fastest for device and lengths
     lora: LoraConfig                   # adapters instead of full training of the transformer
+    start_from: Optional[str]          # begin with all weights of this run or saved reward model, of the same readout; null: a new readout
     readout_additional_layers: list[int]  # widths of the hidden layers of the reward head
 
 # %% ../nbs/00_config.ipynb #ee70476d
@@ -185,8 +186,12 @@ def meanings() -> dict[str, str]: # dotted key -> a line; also of settings that 
     return dict(_meanings(Config)) | dict(experiment='a set of defaults: toy, or hh for the recipe of HH-RLHF', model='the readout')
 
 # %% ../nbs/00_config.ipynb #13552b99
+def _quote_run(override:str) -> str:
+    "A run's folder has a comma in its name, which Hydra would read as a list of values: put it in quotes."
+    return re.sub(r"^([\w.]+)=([^'\"\[{]*desc-[^,=]+,index-[^,/'\"]+(/[^,]*)?)$", r"\1='\2'", override)
+
 def _compose(overrides):
-    with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): return compose('reward_model_config', list(overrides))
+    with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): return compose('reward_model_config', [*map(_quote_run, overrides)])
 
 # %% ../nbs/00_config.ipynb #021a855c
 def choices(group:str # `model` or `experiment`
@@ -249,6 +254,7 @@ FOREIGN |= {
     'model.name model_name model_name_or_path model.path pretrained_model_name_or_path base_model': 'model.transformer_name',
     'tokenizer tokenizer_name': 'the tokenizer is that of model.transformer_name',
     'readout head': 'model',
+    'init_from warm_start pretrained_reward_model': 'model.start_from',
     'dataset dataset_name data_path data.path data_dir train_file': 'data.name',
     'subset subsets dataset_config': 'data.subdirs',
     'max_length max_seq_length max_seq_len max_len model_max_length': 'data.max_tokens',
@@ -282,6 +288,7 @@ def _unknown(key, keys) -> ConfigError:
 # %% ../nbs/00_config.ipynb #fa2b9765
 def parse_override(override:str): # Hydra's `Override`
     "One setting as it stands on the command line. Raises `ConfigError`."
+    override = _quote_run(override)
     if len(override) > 4096: raise ConfigError(f'{override[:40]}…: a setting of {len(override):,} characters; 4,096 at most')
     if '${' in override or '???' in override: raise ConfigError(f'{override}: a setting holds its value itself: no ${{…}}, which reads it from elsewhere, and no ???, which is none')
     try: return OverridesParser.create().parse_override(override)
@@ -315,6 +322,7 @@ _interval = r'training\.loop\.intervals\.\w+\.'
 RULES = {   # pattern of the key -> (test, the words after "must be")
     r'index|seed|data\.seed|data\.order_seed': _at_least(0),
     r'data\.name|model\.transformer_name|model\._target_': _name,
+    r'model\.start_from': ((lambda v: v is None or bool(v) and '\0' not in v), 'null or a name, not empty'),
     r'data\.val_fraction':  ((lambda v: 0 < v < 1), 'between 0 and 1, both excluded'),
     r'data\.subdirs':       ((lambda v: len(v) > 0 and len(set(v)) == len(v) and all(map(_folder, v))), 'a list of different subsets, one at least, each a folder\'s name: letters, digits or ._+=@-'),
     r'data\.max_tokens':    _at_least(2),

@@ -257,7 +257,7 @@ def _clean_copy(folder, clean, where):
     if 'auto_map' in given: raise ConfigError(f'{where}: tokenizer_config.json names code of its own (auto_map), which is never run; take a T5 tokenizer without')
     if kind not in [*_TOKENIZERS]: raise ConfigError(f'{where}: tokenizer_class {reprlib.repr(kind)}: must be one of {", ".join(_TOKENIZERS)}')
     if type(extra) is not int or not 0 <= extra <= 1000: raise ConfigError(f'{where}: extra_ids {reprlib.repr(extra)}: must be a number from 0 to 1000')
-    keep = lambda name, found, *keys: (clean/name).write_text(json.dumps({k: found[k] for k in (*_TOKENS, *keys) if k in found}))
+    keep = lambda name, found, *keys: (clean/name).write_text(json.dumps({k: found[k] for k in (*_TOKENS, *keys) if k in found}), encoding='utf-8')
     keep('tokenizer_config.json', given, 'added_tokens_decoder', 'extra_ids', 'add_prefix_space')
     if tokens.exists(): keep(tokens.name, read_json(tokens))
     for name in ('tokenizer.json', 'spiece.model'):

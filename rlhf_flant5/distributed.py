@@ -347,12 +347,12 @@ def two_worlds(root:Path,                                                # runs 
     for n, strategy in worlds:
         desc = f'{strategy}-{n}'
         overrides = [f'desc={desc}', 'index=1', *SAME, f'training.loop.n_batches={n_batches}', f'distributed.n_processes={n}', f'distributed.strategy={strategy}', *settings]
-        done = subprocess.run([sys.executable, '-m', 'rlhf_flant5.train', *overrides], text=True, capture_output=True, env=os.environ | dict(RESULTS_ROOT_DIR=str(root)))
+        done = subprocess.run([sys.executable, '-m', 'rlhf_flant5.train', *overrides], encoding='utf-8', errors='replace', capture_output=True, env=os.environ | dict(RESULTS_ROOT_DIR=str(root)))
         if done.returncode: raise RuntimeError(f'{desc} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ["no word"])[-1]}')
         results = root/'Reward-Model-Training'/f'desc-{desc},index-1'/'results'
-        history = [json.loads(l) for l in (results/'history.jsonl').read_text().splitlines()]
+        history = [json.loads(l) for l in (results/'history.jsonl').read_text(encoding='utf-8').splitlines()]
         reports = {k: {h['batch']: h[k] for h in history if k in h} for k in ('train/loss', 'validation/loss', 'validation/accuracy')}
-        out.append(dict(n=n, strategy=strategy, summary=json.loads((results/'summary.json').read_text()), **reports))
+        out.append(dict(n=n, strategy=strategy, summary=json.loads((results/'summary.json').read_text(encoding='utf-8')), **reports))
     return out
 
 # %% ../nbs/40_multi_gpu.ipynb #3118b534
@@ -386,7 +386,7 @@ def _exchange(o) -> int: # in each process
     if is_first():
         n, median = n_processes(), {k: statistics.median(v[1:]) for k, v in seconds.items()}                         # behind one of warm-up
         ratios = {k: sorted(x/y for x, y in zip(seconds[k][1:], seconds['alone'][1:])) for k in ('ddp', 'fsdp')}
-        o.path.write_text(json.dumps(dict(n=n, device=o.device, size=o.size, pairs=o.pairs, lengths=[len(x) for x in ids], seconds=median, ratios=ratios, link=2*(n - 1)/n*big.nbytes/median['link'])))
+        o.path.write_text(json.dumps(dict(n=n, device=o.device, size=o.size, pairs=o.pairs, lengths=[len(x) for x in ids], seconds=median, ratios=ratios, link=2*(n - 1)/n*big.nbytes/median['link'])), encoding='utf-8')
     dist.destroy_process_group(); return 0
 
 # %% ../nbs/40_multi_gpu.ipynb #4a1bdfd3
@@ -395,7 +395,7 @@ def measure_exchange(o) -> list[dict]: # of each number of processes above 1; o:
     out, path = [], o.out/'.exchange'
     for n in (n for n in o.processes if n > 1):
         if code := launch(n, _exchange, NS(**vars(o) | dict(path=path))): raise RuntimeError(f'the exchange in {n} processes ended with {code}')
-        out.append(json.loads(path.read_text())); path.unlink()
+        out.append(json.loads(path.read_text(encoding='utf-8'))); path.unlink()
     return out
 
 # %% ../nbs/40_multi_gpu.ipynb #3aefdee4
@@ -427,9 +427,9 @@ def measure(o) -> str: # tables
     if 'worlds' in o.parts:
         if (o.out/'runs').exists(): raise ConfigError(f'--out {o.out}: holds the runs of an earlier measurement; name another folder')
         (o.out/'runs').mkdir(); worlds = [(n, s) for n in o.processes for s in ('ddp', 'fsdp')[:1 + (n == 2)]]
-        rows = apart(two_worlds(o.out/'runs', worlds, o.batches, o.settings)); (o.out/'worlds.json').write_text(json.dumps(rows, indent=1)); tables.append(worlds_table(rows))
+        rows = apart(two_worlds(o.out/'runs', worlds, o.batches, o.settings)); (o.out/'worlds.json').write_text(json.dumps(rows, indent=1), encoding='utf-8'); tables.append(worlds_table(rows))
     if 'exchange' in o.parts:
-        rows = measure_exchange(o); (o.out/'exchange.json').write_text(json.dumps(rows, indent=1)); tables.append(exchange_table(rows))
+        rows = measure_exchange(o); (o.out/'exchange.json').write_text(json.dumps(rows, indent=1), encoding='utf-8'); tables.append(exchange_table(rows))
     return '\n\n'.join(tables)
 
 # %% ../nbs/40_multi_gpu.ipynb #81c4ca7e

@@ -228,6 +228,7 @@ def start(argv:list[str]|None=None # default: the command line
     if name in ('-h', '--help'): print(list_programs())
     elif name == '--version': print(f'rlhf_flant5 {rlhf_flant5.__version__}')
     elif name in PROGRAMS:
+        set_signals(leave_at_once)
         sys.argv = [name, *rest]
         runpy.run_module(f'rlhf_flant5.{name}', run_name='__main__', alter_sys=True)   # ends with the program's exit
     else:
@@ -355,7 +356,7 @@ def evaluate_parser():
     p.add_argument('--split', choices=['train', 'test'], default='test', help='of a folder or the toy world (default: test)')
     p.add_argument('--subsets', nargs='+', help='take these subsets alone')
     p.add_argument('--too-long', choices=['drop', 'truncate_left', 'error'], default='drop', help="what to do with a text beyond the model's max_tokens (default: drop its pair)")
-    for field in FIELDS: p.add_argument(f'--{field}', metavar='COLUMN', help=f'the column of a file that holds the {field} (default: {field})')
+    for name in FIELDS: p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column of a file that holds the {name} (default: {name})')
     p.add_argument('--tolerate', type=float, default=0, metavar='SHARE', help='leave out bad rows of a file, at most this share of them, such as 0.01 (default: 0, the first one ends the program)')
     p.add_argument('--out', type=Path, help="folder to write to (default: <the pairs' name>-evaluation)")
     p.add_argument('--force', action='store_true', help='replace the files of an earlier evaluation')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'RUN_NAME', 'FREE_TO_CHANGE', 'check_name', 'results_root', 'run_dir', 'make_run_dir', 'git',
            'find_checkout', 'read_source', 'read_machine', 'read_packages', 'write_file', 'plain', 'write_json',
-           'remove_leftovers', 'parse_run', 'Run', 'hold', 'open_run', 'flat_settings', 'changed_settings', 'LogFile',
-           'protect', 'unprotect', 'find_runs']
+           'remove_leftovers', 'parse_run', 'Run', 'hold', 'open_run', 'flat_settings', 'changed_settings',
+           'longer_run', 'LogFile', 'protect', 'unprotect', 'find_runs']
 
 # %% ../nbs/32_runs.ipynb #ebe4d864
 import json, logging, math, os, platform, re, reprlib, shlex, shutil, subprocess, sys, time
@@ -17,9 +17,8 @@ from itertools import count
 from pathlib import Path
 from fastcore.basics import basic_repr, patch
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 import rlhf_flant5
-from .config import ConfigError
+from .config import ConfigError, parse_yaml
 
 # %% ../nbs/32_runs.ipynb #1ce1d930
 def check_name(
@@ -269,36 +268,65 @@ def flat_settings(cfg:dict, prefix:str=''):
         if isinstance(v, dict): yield from flat_settings(v, f'{prefix}{k}.')
         else: yield f'{prefix}{k}', v
 
+def _settings(config_yaml:str) -> dict: return dict(flat_settings(parse_yaml(config_yaml, 'config.yaml')))
+
 def changed_settings(
     old:str, new:str # configurations, YAML
 )->list[str]:        # `key was …, now …` for each that a run may not change
     "How a configuration differs from the one that a run began with."
-    old, new = (dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text)))) for text in (old, new))
+    old, new = _settings(old), _settings(new)
     shown = lambda d, k: repr(d[k]) if k in d else 'absent'
     return [f'{k} was {shown(old, k)}, now {shown(new, k)}' for k in sorted({*old, *new}) if shown(old, k) != shown(new, k) and not re.fullmatch(FREE_TO_CHANGE, k)]
 
+# %% ../nbs/32_runs.ipynb #abc9cba6
+def longer_run(
+    old:dict, new:dict # settings, dotted key -> value
+)->bool:               # whether `new` is `old` with more epochs
+    "Raises `ConfigError` if the rate of the batches so far would be another one."
+    key, rate = 'training.loop.n_epochs', 'training.optimizer.'
+    was, now = old.get(key), new.get(key)
+    if not (type(was) is type(now) is int and now > was): return False
+    constant = old.get(rate + 'schedule') == 'constant' or old.get(rate + 'init_lr') == old.get(rate + 'final_lr')
+    if constant and not 0 < old.get(rate + 'warmup', 0) < 1: return True
+    raise ConfigError(f'{key} was {was}, now {now}: the rate was planned for {was} epochs, so in a longer run every batch so far would have had another one; '
+                      'begin a new run with model.start_from=<this run>, or plan with training.optimizer.init_lr equal to final_lr')
+
 # %% ../nbs/32_runs.ipynb #ce770a3a
 @patch
-def check_settings(self:Run, config_yaml:str):
+def check_settings(self:Run, config_yaml:str) -> bool: # whether it is to be trained longer than it was
     "Raise `ConfigError` for settings that are not those that the run began with, by name."
-    changed = changed_settings((self.data/'config.yaml').read_text(encoding='utf-8'), config_yaml)
-    if changed: raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{f" and {len(changed) - 3} more" if len(changed) > 3 else ""}: a run goes on with the settings that it began with; take the same, or another index')
+    began = (self.data/'config.yaml').read_text(encoding='utf-8')
+    try: longer = longer_run(_settings(began), _settings(config_yaml))
+    except ConfigError as e: raise ConfigError(f'{self.dir.name}: {e}') from None
+    changed = [c for c in changed_settings(began, config_yaml) if not (longer and c.startswith('training.loop.n_epochs '))]
+    more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
+    if changed: raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{more}: a run goes on with the settings that it began with; take the same, or another index')
+    return longer
 
 @patch
 def go_on(self:Run, config_yaml, command, source, diff) -> Run:
     "Take up a run that was cut short; one that is done stays as it is. Raises `ConfigError` for changed settings, by name."
-    try: self.check_settings(config_yaml)
+    try: longer = self.check_settings(config_yaml)
     except ConfigError: self.lock.release(); raise
-    old = self.provenance; self.resumed, self.done = True, old['status'] == 'done'
+    old = self.provenance; self.resumed, self.done = True, old['status'] == 'done' and not longer
     if self.done: self.lock.release(); return self
     for d in self.data, self.logs, self.simulation: unprotect(d)
     remove_leftovers(self.dir)
+    if longer: self.lengthen(config_yaml)
     k = len(old['resumed']) + 1
     if (source['commit'], diff) != (old['source']['commit'], (self.data/'changes.diff').read_bytes()):
         _log.warning(f'the code has changed since the run began (commit {old["source"]["commit"]}, now {source["commit"]}); its diff is kept in {self.data.name}/changes-{k}.diff')
         write_file(self.data/f'changes-{k}.diff', diff)
     self.note(status='running', resumed=old['resumed'] + [dict(at=_now(), after=old['status'], command=shlex.join(map(str, command)), source=source, machine=read_machine())])
     return self
+
+# %% ../nbs/32_runs.ipynb #5206eab6
+@patch
+def lengthen(self:Run, config_yaml:str):
+    "Take up more epochs: the summary of the shorter run goes, and the configuration is the new one."
+    (self.results/'summary.json').unlink(missing_ok=True)
+    write_file(self.data/'config.yaml', config_yaml)
+    _log.info(f'{self.dir.name} goes on to more epochs')
 
 # %% ../nbs/32_runs.ipynb #a0350b99
 class LogFile(logging.FileHandler):

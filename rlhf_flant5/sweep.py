@@ -102,8 +102,8 @@ def is_done(settings:list[str]) -> bool:
     cfg, folder = _config(*settings), _folder(settings)
     if not (folder/'data'/'provenance.json').is_file(): return False
     run = Run(folder)
-    run.check_settings(OmegaConf.to_yaml(cfg))
-    return run.provenance['status'] == 'done'
+    longer = run.check_settings(OmegaConf.to_yaml(cfg))
+    return run.provenance['status'] == 'done' and not longer
 
 # %% ../nbs/36_sweep.ipynb #68dab46c
 def is_held(folder:Path # of a run, there or not

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'ENOUGH_TOKENS', 'COMPILE_SAVES', 'COMPILE_WARMUP', 'SORTED_BY', 'load_data', 'load_transformer', 'model_class',
-           'keeps_states', 'build_backbone', 'build_model', 'saved_bytes', 'free_memory', 'find_token_budget',
-           'token_batches', 'kept_batches', 'precision_name', 'warn_of_states', 'make_optimizer', 'matmul_rate',
-           'compile_pays', 'run_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator', 'n_wanted',
-           'peak_memory', 'lacks_texts', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores', 'SharedPass',
-           'prepare', 'make_loop', 'check_room', 'described_precision', 'described_model', 'described_steps',
-           'opening_lines', 'verbatim', 'tell_origin', 'table_settings', 'tell_result', 'as_decided', 'note_machine',
-           'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish', 'restore_texts', 'open_runs',
-           'train_together', 'train', 'sweep', 'side_by_side', 'hushed', 'final_lines', 'closing_table', 'main']
+           'keeps_states', 'build_backbone', 'build_model', 'saved_folder', 'start_from', 'saved_bytes', 'free_memory',
+           'find_token_budget', 'token_batches', 'kept_batches', 'precision_name', 'warn_of_states', 'make_optimizer',
+           'matmul_rate', 'compile_pays', 'run_pays', 'compile_if_it_pays', 'Saver', 'check_group', 'make_accelerator',
+           'n_wanted', 'peak_memory', 'lacks_texts', 'keep_texts', 'rewarded', 'final_rewards', 'final_scores',
+           'SharedPass', 'prepare', 'make_loop', 'check_room', 'described_precision', 'described_model',
+           'described_steps', 'opening_lines', 'verbatim', 'tell_origin', 'table_settings', 'tell_result', 'as_decided',
+           'note_machine', 'check_origin', 'begin_runs', 'train_runs', 'save_best', 'finish', 'restore_texts',
+           'open_runs', 'train_together', 'train', 'sweep', 'side_by_side', 'hushed', 'final_lines', 'closing_table',
+           'main']
 
 # %% ../nbs/34_train.ipynb #b3241a04
 from .program import FAILED, early, is_first_process, program, say, table_code, train_parser
@@ -21,7 +22,7 @@ from .program import FAILED, early, is_first_process, program, say, table_code, 
 if __name__ == '__main__' and '__file__' in globals(): early(train_parser)
 
 # %% ../nbs/34_train.ipynb #4c8b58b6
-import copy, gzip, itertools, json, logging, math, os, pydoc, re, resource, shlex, shutil, subprocess, sys, time, warnings
+import copy, gzip, hashlib, itertools, json, logging, math, os, pydoc, re, resource, shlex, shutil, subprocess, sys, time, warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -71,7 +72,7 @@ def load_data(cfg, # the whole configuration
     return tokenizer, splits, best_reachable_accuracy(splits['test']) if toy else None
 
 # %% ../nbs/34_train.ipynb #545c6a51
-_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'kept_dtype', 'dropout', 'gradient_checkpointing', 'attention', 'lora')
+_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'kept_dtype', 'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
 
 def load_transformer(name, decoder, dropout):
     "A T5 by name, or the toy world's, with the decoder or without."
@@ -103,6 +104,30 @@ def build_model(cfg,     # the `model` settings
     backbone = backbone or build_backbone(cfg, cls.reads_decoder or keeps_states(cfg))   # kept states are those of both stacks
     set_seed(seed)    # a readout begins the same whatever its backbone has drawn
     return cls(backbone, **{k: v for k, v in OmegaConf.to_container(cfg).items() if k not in _backbone_keys})
+
+# %% ../nbs/34_train.ipynb #ed58fc92
+def saved_folder(name:str) -> str:
+    "A run's folder -> its best model; what is none stays as it is."
+    best = Path(name).expanduser()/'simulation'/'best_model'
+    return str(best) if best.is_dir() else name
+
+def start_from(model:RewardModel, # gets the weights
+               name:str,          # a run's folder, a saved reward model's, or a hub id
+               tokenizer
+              ) -> dict: # for the provenance: name, and SHA-256 over the weights
+    "Warm start. Raises `ConfigError` unless the saved model is of the same readout, architecture and vocabulary."
+    saved, where = RewardModel.from_pretrained(saved_folder(name)), f'model.start_from={name}'
+    kinds = [readout_name(type(m)) for m in (saved, model)]
+    if kinds[0] != kinds[1]: raise ConfigError(f'{where}: its readout is {kinds[0]}, this run\'s is {kinds[1]}; set model={kinds[0]}')
+    if saved.tokenizer.get_vocab() != tokenizer.get_vocab(): raise ConfigError(f'{where}: its vocabulary is another one; take the transformer that it began with')
+    have, want = saved.state_dict(), model.state_dict()
+    idle = {k for k in want if '.decoder.' in k and not model.reads_decoder} - {*have}
+    odd = sorted({*have} ^ ({*want} - idle)) or [k for k in have if have[k].shape != want[k].shape]
+    if odd: raise ConfigError(f'{where}: {len(odd)} weights differ in name or shape, {odd[0]} first; model.transformer_name, model.lora and the readout\'s sizes must be the same')
+    model.load_state_dict(have, strict=False)
+    digest = hashlib.sha256()
+    for k in sorted(have): digest.update(k.encode() + have[k].cpu().numpy().tobytes())
+    return dict(model=name, weights=digest.hexdigest())
 
 # %% ../nbs/34_train.ipynb #566bc81c
 def saved_bytes(model, inputs:dict) -> int:
@@ -300,8 +325,11 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
     "Models and batches of runs that train side by side; a run alone is one of one."
     cfg, share, compiled = cfgs[0], lambda m: m, False
     if cfg.model.attention == 'flex' and (accelerator.device.type != 'cuda' or cfg.model.dropout != 0): raise ConfigError('model.attention=flex: needs a GPU and model.dropout=0; take auto')
-    if len(cfgs) == 1: models = [first_then_all(lambda: build_model(cfg.model, cfg.seed))]
+    if len(cfgs) == 1:
+        models = [first_then_all(lambda: build_model(cfg.model, cfg.seed))]
+        if cfg.model.start_from: models[0].began_with = first_then_all(lambda: start_from(models[0], cfg.model.start_from, tokenizer))
     else:
+        if any(c.model.start_from for c in cfgs): raise ConfigError('model.start_from begins one run; train several one after the other with -m')
         backbone = first_then_all(lambda: build_backbone(cfg.model, any(model_class(c.model).reads_decoder for c in cfgs))).to(accelerator.device)
         encoder = without_decoder(backbone) if backbone.has_decoder else backbone
         models = [build_model(c.model, c.seed, backbone if model_class(c.model).reads_decoder else encoder) for c in cfgs]
@@ -424,6 +452,7 @@ def begin_runs(cfgs, runs, models, loops, splits, decided:dict):
     check_room(loops, any(r.resumed for r in runs))
     for c, run, m, l in zip(cfgs, runs, models, loops):
         if not (c.model.train_transformer and not c.model.lora.r): check_origin(run, weights=weights_digest(m.backbone))
+        if c.model.start_from: check_origin(run, start_from=m.began_with)
         if lacks_texts(run): keep_texts(run, splits)        # subtle: a run that goes on may have been cut short before it came here
         if not (run.data/'decided.json').exists(): run.record('decided', decided)
 

@@ -1,10 +1,9 @@
 "What all programs share: answers before PyTorch is imported, signals, exit codes, output in any locale."
 import json, os, re, signal, subprocess, sys, time
-from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from rlhf_flant5 import config, program as programs
-from conftest import program, root, short
+from conftest import program, root, saved_run
 
 WATCH = '''
 import os, signal, sys
@@ -75,6 +74,29 @@ def test_importing_the_package_is_light():
     assert done.stdout == 'score compare rank explain\n', done.stderr
 
 
+@pytest.mark.parametrize('command', ['train -m -j 2 seed=1,2', 'sweep --readouts decoder_output --seeds 1 --transformer frozen --no-baselines'])
+def test_a_killed_process_is_a_failure(command, results, tmp_path, monkeypatch):
+    "-9 of a child is code 1 of its parent, not 0, -9 or 9."
+    import importlib
+    name, *args = command.split()
+    main = importlib.import_module(f'rlhf_flant5.{name}').main
+    (tmp_path/'python').write_text('#!/bin/sh\nkill -9 $$\n')
+    (tmp_path/'python').chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path/'python'))
+    assert main([*args, 'experiment=toy', 'sim_man.allow_untracked=true']) == 1
+
+
+def test_what_each_end_means(capsys):
+    @programs.program(lambda: programs.new_parser('share'), failures=(ArithmeticError,), go_on='again', remedy='make room')
+    def main(args): raise what
+    for what, code, says in ((config.ConfigError('x'), 2, 'error: x'), (FileNotFoundError(2, 'No such file', 'a\x1b'), 2, r'error: a\x1b: No such file'), (OSError(28, 'full', 'a'), 1, 'failed: a: full; make room'),
+                             (ZeroDivisionError('d'), 1, 'failed: d'), (KeyboardInterrupt('SIGTERM'), 75, 'interrupted (SIGTERM); again'), (KeyboardInterrupt(), 75, 'interrupted (SIGINT); again')):
+        assert main([]) == code and capsys.readouterr().err == says + '\n'
+    what = RuntimeError('a mistake of ours')
+    with pytest.raises(RuntimeError): main([])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 # names that people bring from other trainers
 
 WORDS = '''learning_rate lr training.learning_rate training.optimizer.lr output_dir report_to gradient_accumulation_steps training.gradient_accumulation_steps
@@ -121,3 +143,62 @@ def test_texts_of_a_file_arrive_as_they_are(tmp_path, value):
     (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create({'data': {'name': value}})), encoding='utf-8')
     o, = config.with_file(tmp_path/'my.yaml', [])
     assert config.parse_override(o).value() == value
+
+
+def test_aliases_of_a_foreign_run_are_not_followed(results, capsys):
+    "A config.yaml of less than 1 KiB with a billion leaves."
+    from rlhf_flant5.compare import main
+    lines = ['a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]'] + [f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"]*10)}]' for i in range(1, 9)]
+    (saved_run(results, 0)/'data'/'config.yaml').write_text('\n'.join(lines), encoding='utf-8')
+    begun = time.monotonic()
+    assert main([str(results)]) == 2 and time.monotonic() - begun < 20
+    assert ':2: an alias (*a0)' in capsys.readouterr().err
+
+
+# C locale: every program in one process that can print nothing but ASCII
+
+C_LOCALE = dict(LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii', OMP_NUM_THREADS='1')
+EVERY_PROGRAM = r'''
+import importlib, json, os, sys, locale
+from pathlib import Path
+assert locale.getpreferredencoding(False).upper() in ('ANSI_X3.4-1968', 'US-ASCII', 'ASCII')
+here, pairs = Path(sys.argv[1]), sys.argv[2]
+run = here/'Reward-Model-Training'/'desc-c,index-0'
+model = str(run/'simulation'/'best_model')
+tiny = ['experiment=toy', 'sim_man.allow_untracked=true', 'device_name=cpu', 'training.loop.n_batches=2', 'data.n_train_data=64', 'training.loop.train_batch_size=16']
+commands = dict(
+    data=['check', f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy', '--json', str(here/'check.json')],
+    train=[*tiny, f"data.name='{pairs}'", 'data.subdirs=[s]', 'desc=c'],
+    sweep=['--seeds', '1', '--readouts', 'decoder_output', '--transformer', 'frozen', '--dry-run', *tiny],
+    evaluate=[model, pairs + '/s/test.jsonl', '--out', str(here/'evaluation'), '--device', 'cpu'],
+    score=[model, pairs + '/s/rows.jsonl', '--device', 'cpu'],
+    share=['card', str(run)],
+    compare=[str(here)], distributed=['plan', '--sizes', 'small', '--gpus', '1'])
+codes = {}
+for name, argv in commands.items(): codes[name] = importlib.import_module('rlhf_flant5.explore' if name == 'data' else f'rlhf_flant5.{name}').main(argv)
+print('ü – 例')
+from rlhf_flant5 import program
+for name in program.PROGRAMS: getattr(program, f'{name}_parser')().print_help()
+Path(here/'codes.json').write_text(json.dumps(codes))
+'''
+
+
+def test_every_program_in_a_c_locale(tmp_path):
+    folder = tmp_path/'pairs'/'s'
+    folder.mkdir(parents=True)
+    from rlhf_flant5.toy import toy_pairs
+    for split, n in (('train', 80), ('test', 20)):
+        rows = [json.dumps(dict(chosen=r['chosen'] + ' naïve – ü', rejected=r['rejected'] + ' 例'), ensure_ascii=False) for r in toy_pairs(n, seed=5, split=split)]
+        (folder/f'{split}.jsonl').write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    (folder/'rows.jsonl').write_text('{"prompt": "ü?", "response": "例", "id": "é"}\n', encoding='utf-8')
+    (tmp_path/'results').mkdir()
+    (tmp_path/'every.py').write_text(EVERY_PROGRAM, encoding='utf-8')
+    done = subprocess.run([sys.executable, str(tmp_path/'every.py'), str(tmp_path/'results'), str(folder.parent)], capture_output=True, cwd=tmp_path,
+                          env=os.environ | C_LOCALE | {'PYTHONPATH': str(root), 'RESULTS_ROOT_DIR': str(tmp_path/'results')})
+    codes = json.loads((tmp_path/'results'/'codes.json').read_text()) if (tmp_path/'results'/'codes.json').exists() else {}
+    assert set(codes.values()) == {0}, (codes, done.stderr.decode(errors='replace')[-3000:])
+    assert done.stdout.isascii() and b'\\xfc' in done.stdout
+    written = [p for p in (tmp_path/'results').rglob('*') if p.suffix in ('.md', '.txt', '.log', '.yaml', '.jsonl', '.json') and p.is_file()]
+    assert len(written) > 15
+    for p in written: p.read_text(encoding='utf-8')
+    assert 'naïve' in (tmp_path/'results'/'evaluation'/'wrong.md').read_text(encoding='utf-8') + (tmp_path/'results'/'comparison'/'suspicious.md').read_text(encoding='utf-8')
