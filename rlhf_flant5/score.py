@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from matplotlib.cm import ScalarMappable
 from scipy.special import expit, softmax
 from tqdm.auto import tqdm
-from .config import ConfigError, best_device, figure
+from .config import ConfigError, figure
 from .data import MAX_LINE, _once, cut_by_budget, encode, first_line, pad_ids, turns
 from .models.base import RewardModel, first_position_attention, show_parameters
 from .pooling import WeightedPooling

@@ -20,7 +20,7 @@ from .data import TOKENIZER_FILES, check_row, first_line, read_bytes, read_json,
 from .explore import BASELINES
 from .metrics import calibration, pair_scores, read_pair_table
 from .models.base import check_saved, show_parameters
-from .score import RewardModel, dialogue, load_model
+from .score import RewardModel, load_model
 
 # %% ../nbs/53_share.ipynb #6255a9e1
 @dataclass

@@ -9,7 +9,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from conftest import root
 from test_score import build
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from rlhf_flant5.config import ConfigError
 from rlhf_flant5.data import resolve_folder, turns
 from rlhf_flant5.explore import BASELINES
@@ -44,7 +44,7 @@ def test_card_says_what_the_files_say(run):
                  'Seed 7, 40 batches', '`c0ffee`, with uncommitted changes, on cuda', 'python -m rlhf_flant5.train index=0', "from_pretrained('me/it')", 'offensive', 'not a safety filter'): assert said in card, said
     assert 'toy world' not in card and 'No model can reach' not in card
     sure, unsure = (1 - 1/(1 + np.exp(-m/2)) for m in (1, -1))                                # Brier at T = 2, by hand: seven right by 1, a tie, two wrong by 1
-    assert f'| T = 2.000 | ' in card and f'{(7*sure**2 + .25 + 2*unsure**2)/10:.4f}' in card
+    assert '| T = 2.000 | ' in card and f'{(7*sure**2 + .25 + 2*unsure**2)/10:.4f}' in card
 
 
 @pytest.fixture()
