@@ -403,6 +403,10 @@ def add_lora(transformer, r:int, alpha:int=16, target_modules=('q', 'v')):
     "Freeze the transformer and add low-rank adapters to its linear layers (Hu et al. 2021, arXiv:2106.09685)."
     try: from peft import LoraConfig, inject_adapter_in_model
     except ImportError: raise ConfigError(f"model.lora.r={r}: adapters need peft; pip install 'rlhf_flant5[lora]'") from None
+    linear = [name for name, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    there = sorted({name.rpartition('.')[2] for name in linear})
+    if gone := [t for t in target_modules if not any(f'.{name}'.endswith(f'.{t}') for name in linear)]:
+        raise ConfigError(f'model.lora.target_modules={list(target_modules)}: this T5 has no linear layer {gone[0]!r}; it has {", ".join(there)}')
     transformer.requires_grad_(False)
     try: inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=list(target_modules)), transformer)
     except ValueError as e: raise ConfigError(f'model.lora.target_modules={list(target_modules)}: {str(e).splitlines()[0]}') from None

@@ -162,6 +162,7 @@ def _from_hub(name, key, repo_type, fetch, timeout):
         return fetch()
     except GatedRepoError: raise ConfigError(f'{key}={name}: the hub asks for permission; accept its terms and log in with `hf auth login`') from None
     except RepositoryNotFoundError: raise ConfigError(f'{key}={name}: no such folder here and no such {repo_type} on the hub') from None
+    except ValueError as e: raise ConfigError(f'{key}={name}: what the hub lists is refused ({first_line(e)}); take another repository, or a local folder') from None
     except Exception as e:
         why = f'the hub answered {e.response.status_code}' if isinstance(e, HfHubHTTPError) and e.response is not None else 'the hub cannot be reached'
         raise ConfigError(f'{key}={name}: no such folder here, {why}, and its cache does not hold it; {_way_out}') from None

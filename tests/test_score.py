@@ -1,7 +1,8 @@
 "Scores as a user gets them: alone and in batches for each readout, and the program on streams, with bad lines, killed and resumed."
-import gzip, io, json, os, pydoc, random, re, shutil, signal, subprocess, sys, time
+import csv, gzip, io, json, os, pydoc, random, re, shutil, signal, subprocess, sys, time
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import root
@@ -9,7 +10,7 @@ from rlhf_flant5.backbone import Backbone
 from rlhf_flant5.config import ConfigError, best_device, choices, set_seed
 from rlhf_flant5.data import load_tokenizer
 from rlhf_flant5.models.base import readout_class
-from rlhf_flant5.score import RewardModel, dialogue, main, numbered_lines, score_lines, windows
+from rlhf_flant5.score import RewardModel, dialogue, main, numbered_lines, score_lines, text_of, windows
 from rlhf_flant5.share import export_backbone
 from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
 from transformers import T5EncoderModel, T5Model
@@ -219,3 +220,82 @@ def test_an_explanation_as_a_table_and_as_one_figure():
     fig = why.plot()
     assert plt.get_fignums() == [] and [ax.get_ylabel() for ax in fig.axes if ax.get_label() == '<colorbar>'] == ['weight', 'change']
     fig.savefig(io.BytesIO())
+
+
+# ---- own columns, CSV and Parquet
+
+own = [dict(question=f'Who is {w}?', answer=a, topic=t, id=i) for i, (w, a, t) in enumerate([('it', 'It is a bird.', 'a, "b"'), ('he', 'I do not know.\nSorry.', 'c'), ('she', 'It is a fish.', 'd')])]
+
+
+def own_table(path):
+    if path.suffix == '.parquet': pd.DataFrame(own).to_parquet(path)
+    elif path.suffix == '.jsonl': path.write_text(''.join(json.dumps(r) + '\n' for r in own), encoding='utf-8')
+    else:
+        text = pd.DataFrame(own).to_csv(index=False)
+        if path.suffix == '.gz': path.write_bytes(gzip.compress(text.encode()))
+        else: path.write_text(text, encoding='utf-8')
+    return path
+
+
+@pytest.mark.parametrize('name', ['x.csv', 'x.csv.gz', 'x.parquet', 'x.jsonl'])
+@pytest.mark.parametrize('out', ['y.csv', 'y.jsonl'])
+def test_own_columns_from_any_table_into_any(folder, tmp_path, name, out):
+    args = [str(folder), str(own_table(tmp_path/name)), '--prompt', 'question', '--response', 'answer', '--keep', 'topic', '--out', str(tmp_path/out)]
+    assert main(args) == 0
+    text = (tmp_path/out).read_text(encoding='utf-8')
+    got = [*csv.DictReader(io.StringIO(text))] if out == 'y.csv' else [json.loads(line) for line in text.splitlines()]
+    want = RewardModel.from_pretrained(folder).score([r['question'] for r in own], [r['answer'] for r in own])
+    assert [(str(r['id']), r['topic']) for r in got] == [(str(r['id']), r['topic']) for r in own]
+    assert [float(r['reward']) for r in got] == pytest.approx([*want], abs=1e-5)
+    assert [int(r['line']) for r in got] == ([2, 3, 5] if 'csv' in name else [1, 2, 3])      # where the row begins: one holds two lines
+    if out == 'y.jsonl':         # resumed, byte for byte
+        whole = (tmp_path/out).read_bytes()
+        (tmp_path/out).write_bytes(whole[:len(whole)//2])
+        assert main([*args, '--resume']) == 0 and (tmp_path/out).read_bytes() == whole
+
+
+def test_keep_all(folder, tmp_path):
+    for name in ('x.csv', 'x.parquet', 'x.jsonl'):
+        assert main([str(folder), str(own_table(tmp_path/name)), '--prompt', 'question', '--response', 'answer', '--keep', 'all', '--out', str(tmp_path/f'{name}.out')]) == 0
+        got = [json.loads(line) for line in (tmp_path/f'{name}.out').read_text().splitlines()]
+        assert [{k: str(r[k]) for k in own[0]} for r in got] == [{k: str(v) for k, v in r.items()} for r in own]
+
+
+def test_tables_are_refused_once_in_one_line(folder, tmp_path, capsys):
+    csv_file, parquet = own_table(tmp_path/'x.csv'), own_table(tmp_path/'x.parquet')
+    held = dict(twice='a,a\n1,2\n', nothing='', latin='question,answer\nWho?,\xe9\n', quote='prompt,response\nWho?,"a" b\n')
+    for k, text in held.items(): (tmp_path/f'{k}.csv').write_bytes(text.encode('latin1'))
+    (tmp_path/'no.parquet').write_text('no')
+    (tmp_path/'cut.parquet').write_bytes(parquet.read_bytes()[:100] + b'x'*40 + parquet.read_bytes()[140:])
+    (tmp_path/'x.xlsx').write_text('x')
+    asked = '--prompt', 'question', '--response', 'answer'
+    for args, says in (((csv_file,), "x.csv: has 'question, answer, topic, id'; a row holds text"), ((csv_file, '--prompt', 'q'), "and no 'q' and no 'response'"), ((csv_file, '--text', 'answer', '--messages', 'topic'), '--text --messages: name text, or'),
+                       ((csv_file, *asked, '--keep', 'reward'), 'a column of its own of that name'), ((csv_file, *asked, '--keep', 'topik'), 'no such column'), ((tmp_path/'x.xlsx',), 'is not read here; convert it to .jsonl or .csv'),
+                       ((tmp_path/'twice.csv', '--text', 'a'), "'a' stands twice"), ((tmp_path/'nothing.csv',), 'must name the columns'), ((tmp_path/'latin.csv', *asked), 'UTF-8'), ((tmp_path/'quote.csv',), 'quote.csv: line 2: no CSV'),
+                       ((tmp_path/'no.parquet',), 'no Parquet file'), ((tmp_path/'cut.parquet', *asked), 'Parquet file is damaged'), ((csv_file, *asked, '--out', tmp_path/'y.parquet'), 'written as JSON lines or CSV'),
+                       ((csv_file, *asked, '--out', tmp_path/'y.csv', '--resume'), 'CSV is written in one go'), ((own_table(tmp_path/'x.jsonl'), *asked, '--keep', 'all', '--out', tmp_path/'y.csv'), '--keep all: rows of JSON')):
+        assert main([str(folder), *map(str, args)]) == 2, args
+        said = capsys.readouterr().err.rpartition('\r')[2]
+        assert said.startswith('error: ') and says in said and said.count('\n') == 1, said
+    assert not (tmp_path/'y.csv').exists()
+
+
+@pytest.mark.parametrize('row, says', [(dict(prompt='x'), "has only 'prompt'; a row holds text, or prompt and response, or messages"), (dict(prompt='x', completion='y'), "has 'prompt, completion'; a row holds"),
+                                       (dict(prompt='x', chosen='a', rejected='b'), 'a pair, and a reward is of one text'), ({}, 'has no column'), (dict(text='a', messages=[]), "has 'text, messages'; a row holds")])
+def test_what_a_row_lacks_is_said(row, says):
+    with pytest.raises(ConfigError) as e: text_of(row)
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize('allowed, code', [('0', 1), ('1', 1), ('2', 0), ('0.1', 1), ('0.2', 0)])
+def test_some_bad_lines_are_allowed(folder, tmp_path, capsys, allowed, code):
+    (tmp_path/'in.jsonl').write_bytes(rows(8) + b'7\n{"text": 3}\n')
+    assert main([str(folder), str(tmp_path/'in.jsonl'), '--max-bad-lines', allowed]) == code
+    said = capsys.readouterr()
+    assert said.out.count('"error"') == 2 and 'line 9: ' in said.err and '10 lines, 8 scored, 2 bad' in said.err
+
+
+@pytest.mark.parametrize('allowed', ['-1', '1.5', 'few'])
+def test_bad_lines_are_a_number_or_a_share(allowed, capsys):
+    with pytest.raises(SystemExit) as e: main(['model', '--max-bad-lines', allowed])
+    assert e.value.code == 2 and '--max-bad-lines' in capsys.readouterr().err

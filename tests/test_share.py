@@ -1,15 +1,18 @@
 "A card that says what the run's files say, adapters merged on export, and, where they are installed, TRL's trainers and RewardBench's loop."
-import gzip, json, os, re, shutil, subprocess, sys
+import gzip, http.server, json, os, re, shutil, subprocess, sys, threading
+from functools import partial
 from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from conftest import root
 from test_score import build
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import turns
+from rlhf_flant5.data import resolve_folder, turns
+from rlhf_flant5.explore import BASELINES
 from rlhf_flant5.metrics import pair_scores, pair_table, write_pair_table
 from rlhf_flant5.score import RewardModel, dialogue
 from rlhf_flant5.share import export_backbone, main, model_card, push_to_hub, read_facts, reward_function, rewardbench_entry
@@ -41,7 +44,7 @@ def test_card_says_what_the_files_say(run):
                  'Seed 7, 40 batches', '`c0ffee`, with uncommitted changes, on cuda', 'python -m rlhf_flant5.train index=0', "from_pretrained('me/it')", 'offensive', 'not a safety filter'): assert said in card, said
     assert 'toy world' not in card and 'No model can reach' not in card
     sure, unsure = (1 - 1/(1 + np.exp(-m/2)) for m in (1, -1))                                # Brier at T = 2, by hand: seven right by 1, a tie, two wrong by 1
-    assert f'| T = 2.000 | ' in card and f'{(7*sure**2 + .25 + 2*unsure**2)/10:.4f}' in card
+    assert '| T = 2.000 | ' in card and f'{(7*sure**2 + .25 + 2*unsure**2)/10:.4f}' in card
 
 
 @pytest.fixture()
@@ -151,3 +154,117 @@ def test_in_rewardbench_for_real(run, tmp_path, monkeypatch):
     bench.rewardbench(bench.Args(dataset=str(tmp_path/'rows.json'), load_json=True, model=folder, tokenizer=str(tmp_path/'t5'), output_dir='out/', save_all=True))
     got = [json.loads(line) for line in next(tmp_path.rglob('*_all.jsonl')).read_text().splitlines()]; model = RewardModel.from_pretrained(folder)
     assert np.abs([r['chosen'] for r in got] - model.score(pairs['chosen'][:])).max() < 1e-5 and np.abs([r['rejected'] for r in got] - model.score(pairs['rejected'][:])).max() < 1e-5
+
+
+# ---- what the hub answers
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "Answers `create` to the making of a repository, and `commit` to all that follows."
+    create = commit = 200
+    def log_message(self, *args): pass
+    def say(self, status, body):
+        self.send_response(status)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        if self.path == '/api/validate-yaml': return self.say(200, b'{"errors": [], "warnings": []}')
+        status = self.create if self.path.endswith('/create') else self.commit
+        self.say(status, json.dumps(dict(error='no', url='http://localhost/me/it', files=[])).encode())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A hub's address; `Hub.create` and `Hub.commit` say what it answers."
+    monkeypatch.setattr('time.sleep', lambda *_: None)         # between the client's tries
+    server = http.server.ThreadingHTTPServer(('localhost', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://localhost:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize('create, commit, args, says', [
+    (401, 200, [], 'the hub does not know you (401); log in with `hf auth login`'), (403, 200, [], 'does not let you write there (403)'), (404, 200, [], 'the hub has no such place (404); what stands before the slash'),
+    (409, 200, [], 'is there already; update it (--update, in Python update=True)'), (503, 200, [], 'the hub answered 503, it is overloaded or down; try again later'), (400, 200, [], 'the hub answered 400'),
+    (200, 503, [], 'down; try again later. The repository was made and is empty: go on with --update'), (200, 409, ['--update'], 'another commit came in between (409)'),
+    (200, 404, ['--update'], 'no such repository, or none that you may see; to make a new one, do not ask for an update'), (200, 401, ['--update'], 'does not know you')])
+def test_what_the_hub_answers_is_one_line_with_its_remedy(run, hub, monkeypatch, capsys, create, commit, args, says):
+    monkeypatch.setattr(Hub, 'create', create)
+    monkeypatch.setattr(Hub, 'commit', commit)
+    monkeypatch.setattr('rlhf_flant5.share.HfApi', lambda **_: HfApi(endpoint=hub, token='x'))
+    monkeypatch.setattr('rlhf_flant5.share.get_token', lambda: 'x')
+    assert main(['push', str(run), 'me/it', *args]) == 2
+    said = capsys.readouterr().err.rpartition('\r')[2]
+    assert said.startswith('error: me/it: ') and says in said and said.count('\n') == 1 and 'token=' not in said, said
+
+
+def test_a_hub_that_lists_a_path_out_of_its_folder(tmp_path, monkeypatch):
+    "Nothing is written there, and it is said why, not that there is no network."
+    class Lists(Hub):
+        def do_GET(self):
+            if '/tree/' in self.path: return self.say(200, json.dumps([dict(type='file', path='tokenizer/../../../evil.json', size=2, oid='a'*40)]).encode())
+            self.say(200, json.dumps(dict(id='me/it', sha='1'*40, siblings=[], private=False, tags=[])).encode())
+    server = http.server.ThreadingHTTPServer(('localhost', 0), Lists)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = f'http://localhost:{server.server_port}'
+    monkeypatch.setattr('rlhf_flant5.data.HfApi', partial(HfApi, endpoint=there))
+    monkeypatch.setattr('rlhf_flant5.data.snapshot_download', partial(snapshot_download, endpoint=there, cache_dir=tmp_path/'a'/'b'/'c'))
+    try:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match='what the hub lists is refused .*cannot contain a'): resolve_folder('me/it', 'model', ['tokenizer/*'], ['tokenizer'])
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not [*tmp_path.rglob('evil.json')]
+
+
+# ---- the card as the hub reads it, and foreign text in it
+
+def test_card_head_is_what_the_hub_reads(run):
+    data = ModelCard(model_card(run, 'me/it')).data
+    assert data.pipeline_tag == 'text-classification' and data.model_name == 'me/it'
+    result, = data.eval_results
+    assert (result.dataset_type, result.dataset_split, result.metric_type, result.metric_value) == ('Anthropic/hh-rlhf', 'test', 'accuracy', .75)
+
+
+def test_card_shows_foreign_text_as_it_is(copy):
+    evil = '<img src=http://x/y>[a](http://b)![c](d)`*e'
+    (copy/'data'/'counts.json').write_text(json.dumps({f'{evil}/train': {evil: 3}}))
+    change(copy/'results'/'summary.json', transformer_name=evil, precision=evil, readout=evil)
+    change(copy/'simulation'/'best_model'/'config.json', trained_on=dict(name=evil))
+    change(copy/'data'/'provenance.json', device=evil, source=dict(version=evil, commit=evil, dirty=False))
+    (copy/'data'/'command.txt').write_text("python -m x 'a=```' b=\x1b[31m\x07 c=\u202e '\n```\n<img src=z>'\n", encoding='utf-8')
+    rows = [json.loads(line) for line in (copy/'results'/'test_pairs.jsonl').read_text().splitlines()]
+    (copy/'results'/'test_pairs.jsonl').write_text(''.join(json.dumps(r | dict(subset=evil)) + '\n' for r in rows))
+    card = model_card(copy, 'me/it')
+    assert all(c.isprintable() or c == '\n' for c in card)
+    _, head, body = card.split('---\n', 2)
+    block = re.search(r'^(````+)\n(.*)\n\1$', body, re.M)                    # a fence that is longer than what stands in it
+    assert block and '```' in block[2] and '\n' not in block[2]
+    words = re.sub(r'(?<!\\)`[^`\n]+`', '', body.replace(block[0], ''))              # what is not code
+    assert '<img' not in words and not re.search(r'(?<!\\)[\[`]', words.partition('## Use')[0]) and '&lt;img' in words
+    assert head.count('\n') == len(head.splitlines())
+
+
+def test_rules_that_tie_on_all_pairs_are_left_out(copy):
+    card = model_card(copy)
+    tied = card.partition('Left out, since they tie on all of these pairs: ')[2].partition('.')[0].split(', ')
+    assert {*tied} <= {*BASELINES} and all(f'| {name} ' not in card for name in tied) and all(f'| {name} ' in card for name in {*BASELINES} - {*tied})
+    texts = {row['id']: row for row in map(json.loads, gzip.open(copy/'data'/'test_texts.jsonl.gz', 'rt', encoding='utf-8'))}
+    for name, rule in BASELINES.items():
+        chosen, rejected = (rule([row[side] for row in texts.values()]) for side in ('chosen', 'rejected'))
+        assert (chosen == rejected).all() == (name in tied)
+
+
+def test_exported_files_follow_the_umask(run, tmp_path):
+    old = os.umask(0o027)
+    try: export_backbone(read_facts(run).folder, tmp_path/'t5')
+    finally: os.umask(old)
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path/'t5').iterdir()} == {'0o640'} and (tmp_path/'t5').stat().st_mode & 0o777 == 0o750
+
+
+def test_adapters_for_layers_that_are_not_there():
+    for asked, gone in ((['query'], 'query'), (['q', 'values'], 'values')):
+        with pytest.raises(ConfigError, match=f"this T5 has no linear layer '{gone}'; it has k, o, q, v, wi_0, wi_1, wo"): build('layerwise_attention', lora=dict(r=2, alpha=4, target_modules=asked))
