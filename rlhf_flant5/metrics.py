@@ -7,10 +7,10 @@ __all__ = ['MAX_TABLE', 'wilson', 'design_effect', 'accuracy_interval', 'margins
            'pair_table', 'write_pair_table', 'read_pair_table', 'calibration_error', 'fit_temperature', 'calibration',
            'reliability', 'plot_reliability', 'length_groups', 'group_scores', 'length_matched', 'length_correlation',
            'plot_rewards', 'plot_margins', 'plot_groups', 'table_scores', 'bootstrap_difference', 'compare_models',
-           'holm', 'over_seeds', 'seeds_accuracy', 'compare_seeds', 'suspicious', 'write_sheet']
+           'holm', 'over_seeds', 'seeds_accuracy', 'compare_seeds', 'suspicious', 'escape_markdown', 'write_sheet']
 
 # %% ../nbs/30_metrics.ipynb #2bd7b211
-import json, math, os, textwrap
+import json, math, os, re, textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 import numpy as np
@@ -139,10 +139,13 @@ def pair_table(ids, subsets,                   # of each pair
 MAX_TABLE = 2**28   # bytes, about a million pairs
 
 def write_pair_table(table:pd.DataFrame, # of `pair_table`
-                     path:Path):
+                     path:Path,
+                     own=None):          # of each pair a dictionary of further columns, kept under `own`, or None
     "Write one JSON object a line for each pair; floats come back bit for bit."
-    with open(path, 'w') as f:
-        for row in table[[*_KINDS]].to_dict('records'): f.write(json.dumps(row, allow_nan=False) + '\n')
+    rows = table[[*_KINDS]].to_dict('records')
+    if own is not None: rows = [row | (dict(own=more) if more else {}) for row, more in zip(rows, own, strict=True)]
+    with open(path, 'w', encoding='utf-8') as f:
+        for row in rows: f.write(json.dumps(row, allow_nan=False) + '\n')
 
 def read_pair_table(path:Path # `results/test_pairs.jsonl` of a run, or another that `write_pair_table` wrote
                    ) -> pd.DataFrame: # as `pair_table` gives
@@ -394,6 +397,12 @@ def suspicious(tables:list[pd.DataFrame],        # of the same pairs, from diffe
     return pd.DataFrame(dict(id=ids, subset=tables[0].subset, probability=p, n_models=len(m)))[wrong].sort_values('probability', kind='stable', ignore_index=True)
 
 # %% ../nbs/30_metrics.ipynb #f5874fc8
+def escape_markdown(text:str) -> str:
+    "A foreign name for Markdown: no image, link, tag, code or table comes of it."
+    text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    for plain, entity in (('&', '&amp;'), ('<', '&lt;'), ('>', '&gt;')): text = text.replace(plain, entity)
+    return re.sub(r'([\\`*\[\]|~!])', r'\\\1', text)
+
 def _shown(text): # wrapped and indented, control characters written out
     lines = ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in text).strip('\n').split('\n')
     return '\n'.join(textwrap.indent(textwrap.fill(l, 110, break_long_words=False) or ' ', '    ', lambda _: True) for l in lines)
@@ -405,11 +414,11 @@ def write_sheet(found:pd.DataFrame,                   # of `suspicious`
                 title:str='pairs that every model gets wrong, the surest first',
                 say:Callable=lambda row: f'Probability of the labelled choice {row.probability:.3f}, mean of {row.n_models}'): # what stands above the texts
     "Write a sheet for a person to read and mark. Raises `ConfigError` for a pair without texts."
-    parts = [f'# {min(n, len(found))} of {len(found):,} {title}\n\nMark a line of each pair with an x.']
+    parts = [f'# {min(n, len(found))} of {len(found):,} {escape_markdown(title)}\n\nMark a line of each pair with an x.']
     for k, row in enumerate(found[:n].itertuples(), 1):
         if row.id not in texts: raise ConfigError(f'{row.id}: no texts for this pair; give those of the same split')
         chosen, rejected = texts[row.id]; begin = os.path.commonprefix([chosen, rejected]); cut = begin.rfind('\n\n')     # at a turn, if there is one
         sides = [('Both', chosen[:max(cut, 0)]), ('Chosen', chosen[max(cut, 0):]), ('Rejected', rejected[max(cut, 0):])]
-        parts += [f'## {k}. {row.id}\n\n{say(row)}', *(f'{name}:\n\n{_shown(t)}' for name, t in sides if t.strip()),
+        parts += [f'## {k}. {escape_markdown(row.id)}\n\n{say(row)}', *(f'{name}:\n\n{_shown(t)}' for name, t in sides if t.strip()),
                   '- [ ] the label is wrong\n- [ ] the models are wrong\n- [ ] cannot tell']
-    Path(path).write_text('\n\n'.join(parts) + '\n')
+    Path(path).write_text('\n\n'.join(parts) + '\n', encoding='utf-8')

@@ -5,16 +5,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, strategies as st
 from rlhf_flant5 import evaluate as ev
 from rlhf_flant5.backbone import Backbone
 from rlhf_flant5.config import ConfigError
+from rlhf_flant5.data import conversation_keys
 from rlhf_flant5.metrics import pair_scores, read_pair_table
 from rlhf_flant5.models.base import readout_class
 from rlhf_flant5.score import RewardModel
 from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
 from transformers import T5Model
-from conftest import examples, pairs_folder, program
+from rlhf_flant5.train import train
+from conftest import examples, pairs_folder, program, short
 
 
 @pytest.fixture(scope='module')
@@ -146,8 +149,104 @@ def test_a_hostile_config_is_refused(saved, pairs, facts, says):
 
 
 @examples(60)
-@given(st.binary(max_size=200), st.sampled_from(['.jsonl', '.jsonl.gz', '.parquet']))
+@given(st.binary(max_size=200), st.sampled_from(['.jsonl', '.jsonl.gz', '.parquet', '.csv']))
 def test_any_file_is_pairs_or_one_line(tmp_path_factory, data, end):
     path = tmp_path_factory.mktemp('f')/f'x{end}'; path.write_bytes(data)
     with pytest.raises(ConfigError) as e: ev.read_pair_file(path)
     assert str(e.value).startswith(str(path)) and '\n' not in str(e.value)
+
+
+def evaluated(saved, path, out, *more): return ev.main([str(saved), str(path), '--out', str(out), '--device', 'cpu', *more])
+
+
+def test_csv_gives_the_rewards_of_json(saved, pairs, tmp_path):
+    model, texts = RewardModel.from_pretrained(saved), [*rows(pairs, 'texts')]
+    pd.DataFrame(texts).to_csv(tmp_path/'a.csv', index=False, encoding='utf-8-sig')          # as Excel writes it
+    table = lambda path: ev.score_pairs(model, ev.read_pair_file(path)[0])
+    pd.testing.assert_frame_equal(table(tmp_path/'a.csv'), table(write(tmp_path/'a.jsonl', texts)), check_exact=True)
+
+
+@pytest.mark.parametrize('name, text, says', [
+    ('a.txt', 'x', '{path}: a file of another kind; evaluate reads .jsonl, .jsonl.gz, .csv, .parquet files, folders'), ('a.csv', 'chosen\n"', '{path}: cannot be read as CSV'),
+    ('a.csv', 'prompt,chosen\na,b\n', '{path}:1: no rejected'), ('a.csv', '', '{path}: cannot be read as CSV'), ('a.csv', 'chosen,rejected\n', '{path}: no row')])
+def test_a_file_of_another_kind(saved, tmp_path, capsys, name, text, says):
+    (path := tmp_path/name).write_text(text)
+    assert evaluated(saved, path, tmp_path/'out') == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: ' + says.format(path=path)) and said.count('\n') == 1 and 'data.name' not in said
+
+
+def test_messages_name_no_setting_of_training(saved, pairs_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    (tmp_path/'empty').mkdir()
+    for given, says in {str(tmp_path/'none'): 'no such folder', 'no one/pairs': 'no such folder', str(tmp_path/'empty'): 'no <subset>/test.jsonl.gz in this folder',
+                        'mine/pairs': 'no such folder here'}.items():
+        assert evaluated(saved, given, tmp_path/'out') == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f'error: {given}: {says}') and 'evaluate reads .jsonl' in said and 'data.' not in said and 'experiment' not in said and said.count('\n') == 1
+    assert evaluated(saved, pairs_folder, tmp_path/'out', '--subsets', 'mine') == 2
+    assert 'no subset mine with a test.jsonl.gz; there are harmless-base, helpful-base' in capsys.readouterr().err
+
+
+def test_pairs_in_memory(saved, pairs, tmp_path):
+    "What `load_pairs` gives, a DataFrame and a data set, of any layout, give the rewards of the file."
+    model, path = RewardModel.from_pretrained(saved), write(tmp_path/'a.jsonl', rows(pairs, 'messages'))
+    loaded = ev.load_pairs(str(path)); table, report = ev.evaluate(model, loaded)
+    parquet = tmp_path/'a.parquet'
+    pd.DataFrame(rows(pairs, 'messages')).to_parquet(parquet)
+    for given in (loaded[0], pd.DataFrame(rows(pairs, 'messages')), Dataset.from_list([*rows(pairs, 'messages')]), pd.read_parquet(parquet), Dataset.from_parquet(str(parquet))):
+        same, other = ev.evaluate(model, given)
+        pd.testing.assert_frame_equal(same, table, check_exact=True)
+        assert other == report
+    with pytest.raises(ConfigError, match='row:0: no chosen'): ev.evaluate(model, pd.DataFrame(dict(text=['a'])))
+
+
+def test_own_columns_are_carried_and_named(saved, pairs, tmp_path, capsys):
+    given = [{'question': r['prompt'], 'good': r['chosen'], 'rejected': r['rejected'], 'margin': i/7, 'who': 'caf\xe9', 'at': None if i else [1]} for i, r in enumerate(rows(pairs, 'texts'))]
+    path = write(tmp_path/'a.jsonl', given)
+    assert evaluated(saved, path, tmp_path/'out', '--prompt', 'question', '--chosen', 'good') == 0
+    assert len(read_pair_table(tmp_path/'out'/'pairs.jsonl')) == len(lines := (tmp_path/'out'/'pairs.jsonl').read_text().splitlines())
+    for line in map(json.loads, lines): assert line['own'] == {k: given[int(line['id'].split(':')[1]) - 1][k] for k in ('margin', 'who', 'at')} and line['margin'] == line['reward_chosen'] - line['reward_rejected']
+    assert evaluated(saved, path, tmp_path/'out2', '--prompt', 'ask') == 2 and f"{path}:1: no column 'ask'; this row has 'question'" in capsys.readouterr().err
+
+
+def test_a_share_of_bad_rows(saved, pairs, tmp_path, capsys):
+    path = write(tmp_path/'a.jsonl', rows(pairs, 'hh'))
+    path.write_text('no JSON\n' + path.read_text() + '{}\n')
+    assert evaluated(saved, path, tmp_path/'out') == 2 and f'{path}:1: not JSON' in capsys.readouterr().err
+    assert evaluated(saved, path, tmp_path/'out', '--tolerate', '.01') == 2
+    assert '(the first of 2 bad rows of 62, more than the share of 0.01 that is tolerated)' in capsys.readouterr().err
+    assert evaluated(saved, path, tmp_path/'out', '--tolerate', '.05') == 0
+    said = capsys.readouterr().out
+    assert f'left out  {path}:1: not JSON' in said and f'left out  {path}:62: no chosen' in said
+    assert json.loads((tmp_path/'out'/'evaluation.json').read_text())['n_bad_rows'] == 2
+    assert evaluated(saved, 'toy', tmp_path/'out3', '--tolerate', '.05') == 2 and 'for a file alone' in capsys.readouterr().err
+
+
+def test_most_pairs_too_long_is_a_warning(saved, pairs):
+    model = RewardModel.from_pretrained(saved)
+    said = lambda most: ev.show_report((setattr(model, 'config', model.config | dict(max_tokens=most)), ev.evaluate(model, pairs))[1][1])
+    c, r = (toy_tokenizer()([*pairs[side]]).input_ids for side in ('chosen', 'rejected'))
+    lengths = sorted(max(len(a), len(b)) for a, b in zip(c, r))
+    few = sum(n <= lengths[10] for n in lengths)
+    assert f'warning: {60 - few} of 60 pairs are not scored, too long for the model (max_tokens {lengths[10]})' in said(lengths[10]) and 'warning' not in said(lengths[50])
+
+
+def test_intervals_are_by_conversation(saved, pairs):
+    model = RewardModel.from_pretrained(saved); many = pd.concat([pairs, pairs.assign(id=pairs.id + '-again')], ignore_index=True)
+    table, report = ev.evaluate(model, many)
+    keys = conversation_keys(many.set_index('id').loc[table.id].chosen)
+    s, plain = report['scores'], pair_scores(table.reward_chosen, table.reward_rejected, table.subset)
+    assert s['n_conversations'] == len({*keys}) and s['low'] < plain['low'] and s['design_effect'] > 1.5 and s['subsets'].keys() == plain['subsets'].keys()
+    assert f'{len(table)} pairs of {len({*keys})} conversations, design effect {s["design_effect"]:.2f}' in ev.show_report(report)
+    assert all('design_effect' in v for v in report['baselines'].values())
+
+
+def test_a_runs_table_and_evaluate_agree(results, tmp_path, capsys):
+    "In fp32 to the digit, intervals by conversation too; and what the run had is said beside it."
+    summary = train(['experiment=toy', 'model=decoder_output', 'training.precision=fp32', 'data.n_train_data=64', 'data.n_test_data=0', 'training.loop.n_val_data=64', *short])
+    assert evaluated(summary['folder']/'simulation'/'best_model', 'toy', tmp_path/'out') == 0
+    said, report, own = capsys.readouterr().out, json.loads((tmp_path/'out'/'evaluation.json').read_text()), summary['test']
+    assert own['n_conversations'] == 974 == report['scores']['n_conversations'] and own['design_effect'] > 0
+    for k in ('accuracy', 'low', 'high', 'design_effect'): assert report['scores'][k] == pytest.approx(own[k], abs=2e-3)
+    assert f'its run had {100*own["accuracy"]:.1f}% of 2,000 test pairs; ' in said

@@ -59,12 +59,13 @@ def test_a_job_that_fails_decides_the_exit_code(results, trainings, capsys, code
     assert said.count(f'failed with {code}: error: it failed') == 2 and 'the same command goes on' in said and 'next:' not in said
 
 
-def at_work(folder, seconds, end=lambda: None):
-    "Hold a run for some seconds as another process would; a lock belongs to the thread that took it."
+def at_work(folder, seconds, end=lambda: None, until=lambda: True):
+    "Hold a run as another process would, until something is so and some seconds more; a lock belongs to the thread that took it."
     begun = threading.Event()
     def work():
         lock = hold(folder)
         begun.set()
+        while not until(): time.sleep(.05)
         time.sleep(seconds)
         end()
         lock.release()
@@ -80,7 +81,7 @@ def test_a_run_at_work_elsewhere_is_left_and_waited_for(results, trainings, caps
     done, begun, _ = trainings
     jobs = sweep.plan(few, ['decoder_output'], [1, 2], ['trained'])
     folder = jobs[0].folders[0]
-    other = at_work(folder, 1, lambda: done.update([folder.name]*ends_well))
+    other = at_work(folder, .3, lambda: done.update([folder.name]*ends_well), until=lambda: begun)
     assert sweep.main([*two, '--no-baselines', *few]) == 0
     other.join()
     said = capsys.readouterr().out
@@ -88,12 +89,14 @@ def test_a_run_at_work_elsewhere_is_left_and_waited_for(results, trainings, caps
     assert begun == [jobs[1].label] + [jobs[0].label]*(not ends_well) and f'[2/2] {jobs[0].label}: {"done elsewhere" if ends_well else "60 s"}' in said
 
 
-def test_a_run_that_another_takes_first_is_no_failure(results, trainings, capsys, monkeypatch):
-    "Both looked when it was free; the second is told so by the run itself."
+@pytest.mark.parametrize('seconds', [0, 1])
+def test_a_run_that_another_takes_first_is_no_failure(results, trainings, capsys, monkeypatch, seconds):
+    "Both looked when it was free; the second is told so by the run itself, maybe when the first has just ended."
     done, _, _ = trainings
     job, = sweep.plan(few, ['decoder_output'], [1], ['trained'])
     def too_late(*args):
-        at_work(job.folders[0], 1, lambda: done.add(job.folders[0].name))
+        at_work(job.folders[0], seconds, lambda: done.add(job.folders[0].name))
+        time.sleep(.5*(not seconds))
         return 2, '', 'error: another process is at work in this run', 1.
     monkeypatch.setattr(sweep, '_train', too_late)
     assert sweep.run_jobs([job]) == 0 and 'done elsewhere' in capsys.readouterr().out
