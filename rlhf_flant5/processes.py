@@ -31,18 +31,20 @@ def wait_for_all():
     if n_processes() > 1: dist.barrier()
 
 # %% ../nbs/29_processes.ipynb #ca3989ad
+_way_out = 'unset WORLD_SIZE to run in one process, or start a group with torchrun'
+
 def _number(name, least, most=2**31):
     "A whole number in the environment. Raises `ConfigError`."
     said = os.environ[name]
     if re.fullmatch('[0-9]{1,10}', said) and least <= int(said) <= most: return int(said)
-    raise ConfigError(f'{name}={said!r}: must be a whole number from {least} to {most}; unset WORLD_SIZE to run in one process, or start a group with torchrun')
+    raise ConfigError(f'{name}={said!r}: must be a whole number from {least} to {most}; {_way_out}')
 
 def named_processes() -> int: # 1 outside of a group
     "How many processes something else has started, by the variables that `torchrun` sets. Raises `ConfigError` for half of them."
     n = _number('WORLD_SIZE', 1) if 'WORLD_SIZE' in os.environ else 1
     if n == 1: return 1
     missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-    if missing: raise ConfigError(f'WORLD_SIZE={n} without {", ".join(missing)}: a group of processes needs all of them; unset WORLD_SIZE to run in one process, or start a group with torchrun')
+    if missing: raise ConfigError(f'WORLD_SIZE={n} without {", ".join(missing)}: a group needs all of them; {_way_out}')
     for name, most in dict(RANK=n - 1, LOCAL_RANK=n - 1, MASTER_PORT=65535).items(): _number(name, 0, most)
     return n
 
@@ -137,7 +139,8 @@ def end_code(codes:list[int|None],   # negative: killed by that signal; None: di
     if asked and code == INTERRUPTED != codes[0]:
         print(f'interrupted ({signal.Signals(asked).name}); go on with resume=true', file=sys.stderr, flush=True)
     for i in [] if asked else [i for i, c in enumerate(codes) if c == -signal.SIGKILL]:
-        print(f'failed: process {i + 1} of {len(codes)} was killed (SIGKILL); out of memory? What is done stays; go on with resume=true', file=sys.stderr, flush=True)
+        who, way_on = f'process {i + 1} of {len(codes)}', 'What is done stays; go on with resume=true'
+        print(f'failed: {who} was killed (SIGKILL); out of memory? {way_on}', file=sys.stderr, flush=True)
     return code
 
 # %% ../nbs/29_processes.ipynb #48d71a85
