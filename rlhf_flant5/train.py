@@ -335,7 +335,8 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
         models = [build_model(c.model, c.seed, backbone if model_class(c.model).reads_decoder else encoder) for c in cfgs]
         share = SharedPass(backbone, models)
     for m in models:
-        if cfg.model.lora.r: m.backbone.noted_digest = weights_digest(m.backbone)     # subtle: no process holds whole weights once they are shared out
+        # subtle: no process holds whole weights once they are shared out
+        if cfg.model.lora.r: m.backbone.noted_digest = weights_digest(m.backbone)
         share_model(m, 'fsdp', accelerator) if cfg.distributed.strategy == 'fsdp' else m.to(accelerator.device)
     batches = token_batches(cfg, models[0], tokenizer, splits, accelerator)
     if keeps_states(cfg.model): batches = kept_batches(cfg, models[0], batches, accelerator)
@@ -433,7 +434,7 @@ def as_decided(cfg, run:Run): # the configuration with what `auto` decided when 
     return cfg
 
 def note_machine(run:Run, device):
-    "Note what a run computes on; one that goes on with another number of threads says so, since sums in another order differ in their last bits."
+    "Note what a run computes on; one that goes on with another number of threads says so: their sums differ in the last bits."
     began, now = run.provenance.get('n_threads'), torch.get_num_threads()
     if began not in (None, now):
         log.warning(f'begun with {began} threads, goes on with {now}: equal to rounding; set OMP_NUM_THREADS={began} to go on bit by bit')
