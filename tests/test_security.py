@@ -394,14 +394,14 @@ def test_a_report_loads_nothing(results):
 
 def test_a_report_is_utf8_in_any_locale(results):
     "Files are written as UTF-8 where the locale's encoding is ASCII."
-    saved_run(results, 0, data_name='größer/数')
+    saved_run(results, 0, readout='größer', data_name='größer/数')
     before = locale.setlocale(locale.LC_CTYPE)
     locale.setlocale(locale.LC_CTYPE, 'C')
     try:
         assert locale.getencoding() != 'UTF-8'
         write_report(comparisons(load_runs(results)[0])[0], results/'out')
     finally: locale.setlocale(locale.LC_CTYPE, before)
-    assert '# größer/数' in (results/'out'/'report.md').read_text(encoding='utf-8')
+    for name in ('report.md', 'suspicious.md', 'cost.csv'): assert 'größer' in (results/'out'/name).read_text(encoding='utf-8')
 
 
 def test_names_are_shown_as_they_are(results, capsys):
