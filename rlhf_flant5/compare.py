@@ -1065,7 +1065,7 @@ def write_report(c:Comparison, folder:Path,
 def write_sheets(c:Comparison, folder:Path):
     "Pairs to read: those that all judges get wrong, and those on which they part."
     title = 'pairs that every run gets wrong of ' + ', '.join(r.name for r in judges(c))
-    write_sheet(suspected(c), c.texts['test'], folder/'suspicious.md', title=escaped(title))
+    write_sheet(suspected(c), c.texts['test'], folder/'suspicious.md', title=title)
     say = lambda row: escaped(f'Right: {row.right}\n\nWrong: {row.wrong}')
     write_sheet(divided(c), c.texts['test'], folder/'divided.md', title='pairs on which the readouts part', say=say)
 
