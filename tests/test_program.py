@@ -124,6 +124,16 @@ def test_unknown_settings(typed, says):
     assert str(e.value).startswith(f"unknown setting '{typed}'; ") and says in str(e.value)
 
 
+def test_the_recipe_of_hh():
+    cfg = config.load_config(['experiment=hh', 'index=1'])
+    assert (cfg.desc, cfg.data.name, cfg.training.loop.train_batch_size, cfg.training.loop.n_epochs) == ('hh', 'Anthropic/hh-rlhf', 96, 6)
+
+
+def test_every_setting_has_a_meaning():
+    assert 'training.loop.n_epochs=10 ' in config.settings_help() and len(config.meanings()) > 60
+    assert set(config._defaults(config.choices('model'))) <= config.meanings().keys()
+
+
 # files of settings
 
 @pytest.mark.parametrize('text, says', [
