@@ -175,12 +175,14 @@ def _with_prompt(prompt, responses): # a pair (prompt, response), or a list of t
     responses = [*responses]
     prompts = [prompt]*len(responses) if _one(prompt) else [*prompt]
     if len(prompts) == len(responses): return [*zip(prompts, responses)]
-    raise ConfigError(f'{len(prompts):,} prompts and {len(responses):,} responses to compare; give one prompt, or one for each response')
+    raise ConfigError(f'{len(prompts):,} prompts and {len(responses):,} responses to compare; '
+                      'give one prompt, or one for each response')
 
 def _same_prompts(a, b):
     for i, (x, y) in enumerate(zip(a, b)):
         if _pair(x) and _pair(y) and dialogue(x[0], '') != dialogue(y[0], ''):
-            raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; rewards compare responses to one prompt')
+            raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; '
+                              'rewards compare responses to one prompt')
 
 # %% ../nbs/50_score.ipynb #17181230
 @patch
@@ -441,8 +443,10 @@ def form_of(columns:Iterable[str], # of a row
     has = f'has {"only "*(len(columns) == 1)}{reprlib.repr(", ".join(columns)) if columns else "no column"}'
     if lacks: raise ConfigError(f'{has}, and no {" and no ".join(lacks)}; name the columns as they are')
     if {'chosen', 'rejected'} <= {*columns}:
-        raise ConfigError(f'{has}: a pair, and a reward is of one text; name one of them (--text chosen), or take rlhf_flant5.evaluate, which reads pairs')
-    raise ConfigError(f'{has}; a row holds text, or prompt and response, or messages; other names are given with --text, --prompt, --response, --messages')
+        raise ConfigError(f'{has}: a pair, and a reward is of one text; '
+                          'name one of them (--text chosen), or take rlhf_flant5.evaluate, which reads pairs')
+    raise ConfigError(f'{has}; a row holds text, or prompt and response, or messages; '
+                      'other names are given with --text, --prompt, --response, --messages')
 
 def text_of(row:dict, names:dict[str, str]={}) -> str:
     "The dialogue of a row. Raises `ConfigError`."
@@ -543,17 +547,20 @@ def _csv_rows(reader, columns, name):
             fits = len(cells) == len(columns)
             yield n, dict(zip(columns, cells)) if fits else ConfigError(f'{len(cells)} cells, the header has {len(columns)}')
     except csv.Error as e: raise ConfigError(f'{name}: line {at + 1}: no CSV ({e})') from None
-    except UnicodeDecodeError as e: raise ConfigError(f'{name}: not UTF-8 after line {at} ({e.reason}); convert the file') from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f'{name}: not UTF-8 after line {at} ({e.reason}); convert the file') from None
 
 def csv_table(f, name:str): # a text file, and its name for messages -> columns, numbered rows
     "The rows of a CSV file with a header. Raises `ConfigError`."
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(f, strict=True)
     try: columns = next(reader, [])
-    except (csv.Error, UnicodeDecodeError) as e: raise ConfigError(f'{name}: no CSV in UTF-8 ({first_line(e)})') from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ConfigError(f'{name}: no CSV in UTF-8 ({first_line(e)})') from None
     twice = [c for c, n in Counter(columns).items() if n > 1]
     said = f'; {twice[0]!r} stands twice' if twice else ''
-    if not columns or twice: raise ConfigError(f'{name}: the first line must name the columns, each with a name of its own{said}')
+    if not columns or twice:
+        raise ConfigError(f'{name}: the first line must name the columns, each with a name of its own{said}')
     return columns, _csv_rows(reader, columns, name)
 
 def parquet_table(f, name:str): # a binary file, and its name -> columns, numbered rows
@@ -563,7 +570,8 @@ def parquet_table(f, name:str): # a binary file, and its name -> columns, number
         try:
             for n, row in enumerate((row for batch in table.iter_batches(1024) for row in batch.to_pylist()), 1):
                 yield n, json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)      # dates as texts, NaN as null
-        except (pa.ArrowException, OSError) as e: raise ConfigError(f'{name}: the Parquet file is damaged ({first_line(e)})') from None
+        except (pa.ArrowException, OSError) as e:
+            raise ConfigError(f'{name}: the Parquet file is damaged ({first_line(e)})') from None
     try: table = pq.ParquetFile(f)
     except (pa.ArrowException, OSError) as e: raise ConfigError(f'{name}: no Parquet file ({first_line(e)})') from None
     return table.schema_arrow.names, rows()
@@ -581,13 +589,17 @@ examples:
   python -m rlhf_flant5.score runs/best_model qa.csv --prompt question --response answer --keep topic --out rewards.csv
   cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl''')
     p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
-    p.add_argument('input', nargs='?', default='-', help='.jsonl or .csv (or either .gz), or .parquet; - or nothing: JSON lines from standard input')
+    p.add_argument('input', nargs='?', default='-', help='.jsonl or .csv (or either .gz), or .parquet; '
+                                                         '- or nothing: JSON lines from standard input')
     p.add_argument('--out', default='-', help='a new file of JSON lines, or .csv; - or nothing: standard output')
-    for name in _NAMES: p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column that holds the {name}; default: {name}')
-    p.add_argument('--keep', metavar='COLUMNS', help='columns that go along with the reward, a,b,c, or all; an id always does')
+    for name in _NAMES:
+        p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column that holds the {name}; default: {name}')
+    p.add_argument('--keep', metavar='COLUMNS', help='columns that go along with the reward, a,b,c, or all; '
+                                                     'an id always does')
     p.add_argument('--max-bad-lines', type=_allowed, default=0, metavar='N', help='exit code 0 if no more lines are bad: a number, or a share such as 0.01; default: 0')
     p.add_argument('--resume', action='store_true', help='go on with --out where a run was cut short')
-    p.add_argument('--too-long', choices=TOO_LONG, default='error', help='a text beyond the model\'s max_tokens: an error of its line (default), or keep its end')
+    p.add_argument('--too-long', choices=TOO_LONG, default='error', help='a text beyond the model\'s max_tokens: an '
+                                                                         'error of its line (default), or keep its end')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
     p.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
     p.add_argument('--token-budget', type=int, help='padded tokens at once; default: what suits the device')
@@ -609,17 +621,22 @@ _NOT_READ = '.tsv', '.xlsx', '.xls', '.ods', '.arrow', '.feather', '.zip', '.zst
 def _columns(args): # (names, keep) that the options give
     names = {k: getattr(args, k) for k in _NAMES if getattr(args, k) is not None}
     if len(names) == 1 and {*names} <= {'prompt', 'response'}: names = dict(prompt='prompt', response='response') | names
-    if names and tuple(names) not in _FORMS: raise ConfigError(f'--{" --".join(names)}: name text, or prompt and response, or messages')
+    if names and tuple(names) not in _FORMS:
+        raise ConfigError(f'--{" --".join(names)}: name text, or prompt and response, or messages')
     keep = None if args.keep == 'all' else [c for c in (args.keep or '').split(',') if c]
-    if taken := [c for c in keep or () if c in OWN]: raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
+    if taken := [c for c in keep or () if c in OWN]:
+        raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
     return names, keep
 
 def _source(args, names, stack): # (columns, or None for JSON lines; numbered rows)
     if args.input == '-': return None, numbered_lines(sys.stdin.buffer)
     kind, zipped = Path(args.input.removesuffix('.gz')).suffix.lower(), args.input.endswith('.gz')
-    if kind in _NOT_READ or kind == '.parquet' and zipped: raise ConfigError(f'{args.input}: is not read here; convert it to .jsonl or .csv (or either .gz), or to .parquet')
+    if kind in _NOT_READ or kind == '.parquet' and zipped:
+        raise ConfigError(f'{args.input}: is not read here; '
+                          'convert it to .jsonl or .csv (or either .gz), or to .parquet')
     opener = gzip.open if zipped else open
-    if kind == '.csv': columns, rows = csv_table(stack.enter_context(opener(args.input, 'rt', encoding='utf-8-sig', newline='')), args.input)
+    if kind == '.csv':
+        columns, rows = csv_table(stack.enter_context(opener(args.input, 'rt', encoding='utf-8-sig', newline='')), args.input)
     elif kind == '.parquet': columns, rows = parquet_table(stack.enter_context(open(args.input, 'rb')), args.input)
     else: return None, numbered_lines(stack.enter_context(opener(args.input, 'rb')))
     try: form_of(columns, names)
@@ -632,10 +649,17 @@ def _out(args): # the file to write, or None
         if args.resume: raise ConfigError('--resume goes on with a file; name it with --out')
         return None
     out = Path(args.out)
-    if out.suffix == '.gz': raise ConfigError(f'{out}: rewards are written as plain text; name it {out.with_suffix("")}, and compress it when it is done')
-    if out.suffix == '.parquet': raise ConfigError(f'{out}: rewards are written as JSON lines or CSV; name it {out.with_suffix(".jsonl")} or {out.with_suffix(".csv")}')
-    if out.suffix == '.csv' and args.resume: raise ConfigError(f'{out}: CSV is written in one go; take {out.with_suffix(".jsonl")} for what may be cut short')
-    if os.path.lexists(out) and not args.resume: raise ConfigError(f'{out}: exists; add --resume to go on with it, or name another file')
+    if out.suffix == '.gz':
+        raise ConfigError(f'{out}: rewards are written as plain text; '
+                          f'name it {out.with_suffix("")}, and compress it when it is done')
+    if out.suffix == '.parquet':
+        raise ConfigError(f'{out}: rewards are written as JSON lines or CSV; '
+                          f'name it {out.with_suffix(".jsonl")} or {out.with_suffix(".csv")}')
+    if out.suffix == '.csv' and args.resume:
+        raise ConfigError(f'{out}: CSV is written in one go; '
+                          f'take {out.with_suffix(".jsonl")} for what may be cut short')
+    if os.path.lexists(out) and not args.resume:
+        raise ConfigError(f'{out}: exists; add --resume to go on with it, or name another file')
     return out
 
 def _csv_row(columns): # a row -> a line of CSV
@@ -649,7 +673,8 @@ def _csv_row(columns): # a row -> a line of CSV
 def _sink(out, columns, keep, stack): # (file, what `score_stream` is told of it)
     if out is None: return sys.stdout.buffer, {}
     if out.suffix == '.csv':
-        if keep is None and columns is None: raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
+        if keep is None and columns is None:
+            raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
         kept = [c for c in (columns if keep is None else keep) if c not in ('id', *OWN)]
         as_bytes = _csv_row(header := ['line', 'id', *kept, 'reward', 'error', 'n_cut'])
         sink = stack.enter_context(open(out, 'xb'))
@@ -664,10 +689,13 @@ def _sink(out, columns, keep, stack): # (file, what `score_stream` is told of it
 # %% ../nbs/50_score.ipynb #2f29bae3
 def _work(args, stack) -> int: # exit code
     out = _out(args)
-    if args.token_budget is not None and args.token_budget < 1: raise ConfigError(f'--token-budget {args.token_budget}: must be at least 1')
+    if args.token_budget is not None and args.token_budget < 1:
+        raise ConfigError(f'--token-budget {args.token_budget}: must be at least 1')
     names, keep = _columns(args)
     columns, rows = _source(args, names, stack)
-    if gone := [c for c in keep or () if columns and c not in columns]: raise ConfigError(f'--keep {gone[0]}: {args.input} has no such column; it has {reprlib.repr(", ".join(columns))}')
+    if gone := [c for c in keep or () if columns and c not in columns]:
+        raise ConfigError(f'--keep {gone[0]}: {args.input} has no such column; '
+                          f'it has {reprlib.repr(", ".join(columns))}')
     model = load_model(args.model, args.device)
     sink, how = _sink(out, columns, keep, stack)
     n = n_bad = 0

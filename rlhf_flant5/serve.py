@@ -139,13 +139,16 @@ class Gate:
         self.counts = Counter() if counts is None else counts     # answers by (path, status)
 
     def check(self, headers):
-        if self.hosts and not _named(headers, self.hosts): raise Refused(400, f'the header Host must be one of {", ".join(self.hosts)}')
+        if self.hosts and not _named(headers, self.hosts):
+            raise Refused(400, f'the header Host must be one of {", ".join(self.hosts)}')
         if {b'content-length', b'transfer-encoding'} <= {k for k, _ in headers}:
-            raise Refused(400, 'Content-Length and Transfer-Encoding in one request, which a proxy may read in another way; send one of them')
+            raise Refused(400, 'Content-Length and Transfer-Encoding in one request, which a proxy may read in another '
+                               'way; send one of them')
 
     async def body(self, scope, receive) -> bytes:
         kind = dict(scope['headers']).get(b'content-type', b'').split(b';')[0].strip().lower()
-        if kind != b'application/json': raise Refused(415, 'a request must be application/json; set the header Content-Type')
+        if kind != b'application/json':
+            raise Refused(415, 'a request must be application/json; set the header Content-Type')
         parts, n, more = [], 0, True
         while more:
             message = await receive()
@@ -153,7 +156,8 @@ class Gate:
             part, more = message.get('body', b''), message.get('more_body', False)
             parts.append(part)
             n += len(part)
-            if n > self.limits.max_bytes: raise Refused(413, f'more than {self.limits.max_bytes:,} bytes; send fewer texts at a time')
+            if n > self.limits.max_bytes:
+                raise Refused(413, f'more than {self.limits.max_bytes:,} bytes; send fewer texts at a time')
         return b''.join(parts)
 
 # %% ../nbs/52_serve.ipynb #b5053d27
@@ -226,7 +230,8 @@ class FewLines(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):   # told by uvicorn with a traceback
             record.msg, record.args, record.exc_info = 'a client was still being answered when the service stopped', (), None
         self.seen[kind] += 1
-        if self.seen[kind] == self.most: record.msg = f'{record.msg} ({self.most} times by now; no more of these are logged)'
+        if self.seen[kind] == self.most:
+            record.msg = f'{record.msg} ({self.most} times by now; no more of these are logged)'
         return self.seen[kind] <= self.most
 
 # %% ../nbs/52_serve.ipynb #59694b4f
@@ -293,7 +298,8 @@ def _plain(x): # messages as dictionaries
     return x.model_dump() if isinstance(x, Message) else x
 
 def _dialogues(rows, limits): # (prompt, response) pairs, or (text,)
-    if len(rows) > limits.max_texts: raise Refused(422, f'{len(rows):,} texts, {limits.max_texts} at most; send fewer at a time')
+    if len(rows) > limits.max_texts:
+        raise Refused(422, f'{len(rows):,} texts, {limits.max_texts} at most; send fewer at a time')
     out = []
     for i, row in enumerate(rows):
         try: out.append(dialogue(*row))
@@ -308,8 +314,10 @@ _ROWS = {('text',): lambda text: [(text,)], ('texts',): lambda texts: [(t,) for 
 def _asked(q, limits) -> list[str]: # dialogues of a ScoreRequest
     given = {k: _plain(v) for k, v in q if v is not None}
     if tuple(given) not in _ROWS:
-        raise Refused(422, f'the request has {", ".join(given) or "nothing to score"}; give {"; or ".join(" and ".join(form) for form in _ROWS)}')
-    if 'prompts' in given and len(q.prompts) != len(q.responses): raise Refused(422, f'{len(q.prompts):,} prompts and {len(q.responses):,} responses; give as many')
+        raise Refused(422, f'the request has {", ".join(given) or "nothing to score"}; '
+                           f'give {"; or ".join(" and ".join(form) for form in _ROWS)}')
+    if 'prompts' in given and len(q.prompts) != len(q.responses):
+        raise Refused(422, f'{len(q.prompts):,} prompts and {len(q.responses):,} responses; give as many')
     return _dialogues(_ROWS[tuple(given)](**given), limits)
 
 # %% ../nbs/52_serve.ipynb #6044b592
