@@ -372,10 +372,12 @@ def plot_text(ax, tokens:list[str], values:np.ndarray, cmap:str, low:float, high
 def _plot_texts(fig, top, mid, e, most): # what was read and what it moved, with their scales
     tokens, read, effects = e.tokens[-most:], e.read[-most:], e.token_effects[-most:]
     n, end = len(tokens), max(np.abs(effects).max(), 1e-9)
-    scales = plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)), plot_text(mid, tokens, effects, 'PuOr', -end, end)
+    scales = (plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)),
+              plot_text(mid, tokens, effects, 'PuOr', -end, end))
     top.set_title(f'read from: {n} of {len(e.tokens)} tokens' if n < len(e.tokens) else f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
     mid.set_title(f'what moved it: from {signed(e.blank_reward)} with a blank response to {signed(e.reward)}')
-    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'), (mid, scales[1], 'change', lambda v, _: signed(v))):
+    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'),
+                                   (mid, scales[1], 'change', lambda v, _: signed(v))):
         bar = fig.colorbar(scale, ax=ax, fraction=.02, pad=.01, aspect=8, format=form)
         bar.set_ticks(np.linspace(scale.norm.vmin, scale.norm.vmax, 3))
         bar.set_label(label, fontsize=7)
@@ -700,7 +702,8 @@ def _work(args, stack) -> int: # exit code
     sink, how = _sink(out, columns, keep, stack)
     n = n_bad = 0
     with tqdm(disable=None, unit='line') as bar:
-        for scored in score_stream(model, rows, sink, **how, names=names, keep=keep, too_long=args.too_long, precision=args.precision, token_budget=args.token_budget):
+        for scored in score_stream(model, rows, sink, **how, names=names, keep=keep, too_long=args.too_long,
+                                   precision=args.precision, token_budget=args.token_budget):
             for r in scored:
                 if 'error' in r and (n_bad := n_bad + 1) <= 20: tqdm.write(f'line {r["line"]}: {r["error"]}', sys.stderr)
             n += len(scored)

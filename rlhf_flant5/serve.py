@@ -306,7 +306,9 @@ def _dialogues(rows, limits): # (prompt, response) pairs, or (text,)
         except ConfigError as e: raise Refused(422, f'text {i}: {e}') from None
     return out
 
-_ROWS = {('text',): lambda text: [(text,)], ('texts',): lambda texts: [(t,) for t in texts], ('messages',): lambda messages: [(messages,)],
+_ROWS = {('text',): lambda text: [(text,)],
+         ('texts',): lambda texts: [(t,) for t in texts],
+         ('messages',): lambda messages: [(messages,)],
          ('prompt', 'response'): lambda prompt, response: [(prompt, response)],
          ('prompt', 'responses'): lambda prompt, responses: [(prompt, r) for r in responses],
          ('prompts', 'responses'): lambda prompts, responses: [*zip(prompts, responses)]}
@@ -337,14 +339,19 @@ _PAGE = '''<!doctype html><title>rlhf_flant5</title><h1>rlhf_flant5: rewards</h1
 <h2>Limits</h2><table>{limits}</table>
 <p>A text may have {max_tokens} tokens. An error is one line, {{"error": …}}.</p>
 <p>Also: GET <a href="health">/health</a>, GET <a href="metrics">/metrics</a> for Prometheus, and all of it in full for any OpenAPI viewer or generator: <a href="openapi.json">openapi.json</a></p>'''
-_EXAMPLES = dict(score=dict(prompt='Where is Ghana?', responses=['It is in Africa.', 'It is in Asia.']), compare=dict(prompt='Where is Ghana?', a='It is in Africa.', b='It is in Asia.'),
-                 rank=dict(prompt=[dict(role='user', content='Where is Ghana?')], responses=['It is in Asia.', 'It is in Africa.']))
+_EXAMPLES = dict(
+    score=dict(prompt='Where is Ghana?', responses=['It is in Africa.', 'It is in Asia.']),
+    compare=dict(prompt='Where is Ghana?', a='It is in Africa.', b='It is in Asia.'),
+    rank=dict(prompt=[dict(role='user', content='Where is Ghana?')], responses=['It is in Asia.', 'It is in Africa.']))
 
 def _page(host, model, limits):
-    examples = [f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'" for path, body in _EXAMPLES.items()]
-    rows = ''.join(f'<tr><td>--{f.name.replace("_", "-")}<td>{getattr(limits, f.name):,}<td>{f.metadata["help"]}' for f in fields(Limits))
+    examples = [f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+                for path, body in _EXAMPLES.items()]
+    rows = ''.join(f'<tr><td>--{f.name.replace("_", "-")}<td>{getattr(limits, f.name):,}<td>{f.metadata["help"]}'
+                   for f in fields(Limits))
     forms = '; or '.join(' and '.join(form) for form in _ROWS)
-    return _PAGE.format(examples=html.escape('\n'.join(examples), quote=False), forms=forms, limits=rows, max_tokens=model.config.get('max_tokens') or 'any number of')
+    return _PAGE.format(examples=html.escape('\n'.join(examples), quote=False), forms=forms, limits=rows,
+                        max_tokens=model.config.get('max_tokens') or 'any number of')
 
 # %% ../nbs/52_serve.ipynb #3f679104
 def make_app(model:RewardModel,           # on its device
@@ -369,8 +376,14 @@ def make_app(model:RewardModel,           # on its device
     return app
 
 # %% ../nbs/52_serve.ipynb #e16a8662
-ERRORS = {400: 'the Host or the framing of the request is not accepted', 408: 'the body did not arrive in time', 413: 'the body is too large', 415: 'the body is not application/json',
-          422: 'the body is not what is documented, or a text is too long', 500: 'the model failed', 503: 'too many texts wait; try again', 504: 'the answer took too long'}
+ERRORS = {400: 'the Host or the framing of the request is not accepted',
+          408: 'the body did not arrive in time',
+          413: 'the body is too large',
+          415: 'the body is not application/json',
+          422: 'the body is not what is documented, or a text is too long',
+          500: 'the model failed',
+          503: 'too many texts wait; try again',
+          504: 'the answer took too long'}
 
 def _errors(app):
     "Every error is one line of JSON."
@@ -387,8 +400,10 @@ def _errors(app):
 # %% ../nbs/52_serve.ipynb #42a0b738
 def _routes(app, limits, temperature):
     ScoreRequest, CompareRequest, RankRequest = request_kinds(limits.max_texts)
-    post = partial(app.post, responses={status: dict(model=ErrorAnswer, description=said) for status, said in ERRORS.items()})
-    async def rewards(request, texts): return await _unless_gone(request, app.state.batcher.score(texts), limits.max_seconds)
+    post = partial(app.post, responses={status: dict(model=ErrorAnswer, description=said)
+                                        for status, said in ERRORS.items()})
+    async def rewards(request, texts):
+        return await _unless_gone(request, app.state.batcher.score(texts), limits.max_seconds)
 
     @post('/score')
     async def score(request:Request, q:ScoreRequest) -> ScoreAnswer:
@@ -408,13 +423,15 @@ def _routes(app, limits, temperature):
         found = await rewards(request, _dialogues([(_plain(q.prompt), r) for r in q.responses], limits))
         shares = softmax([r/temperature for r in found])
         best_first = sorted(range(len(found)), key=lambda i: -found[i])
-        return RankAnswer(temperature=temperature, ranking=[Ranked(response=q.responses[i], reward=found[i], share=shares[i], index=i) for i in best_first])
+        return RankAnswer(temperature=temperature, ranking=[
+            Ranked(response=q.responses[i], reward=found[i], share=shares[i], index=i) for i in best_first])
 
 # %% ../nbs/52_serve.ipynb #c526e5eb
 def _metrics(batcher, counts) -> str: # in Prometheus' text format
     out = ['# HELP rlhf_flant5_requests_total Answers by path and status.', '# TYPE rlhf_flant5_requests_total counter']
     out += [f'rlhf_flant5_requests_total{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(counts.items())]
-    for name, kind, said, value in (('texts_total', 'counter', 'Texts that were scored.', batcher.n_scored), ('batches_total', 'counter', 'Batches that were scored.', batcher.n_batches),
+    for name, kind, said, value in (('texts_total', 'counter', 'Texts that were scored.', batcher.n_scored),
+                                    ('batches_total', 'counter', 'Batches that were scored.', batcher.n_batches),
                                     ('texts_waiting', 'gauge', 'Texts that wait.', batcher.line.qsize())):
         out += [f'# HELP rlhf_flant5_{name} {said}', f'# TYPE rlhf_flant5_{name} {kind}', f'rlhf_flant5_{name} {value}']
     return '\n'.join(out) + '\n'
@@ -462,7 +479,8 @@ def _listen(host, port):
 def make_server(app, limits:Limits, access_log:bool=False # log each request
                ) -> uvicorn.Server:
     "The service as a server, within the limits of connections."
-    config = uvicorn.Config(app, http=partial(HeadInTime, seconds=limits.max_seconds), ws='none', log_level='warning', access_log=access_log, server_header=False,
+    config = uvicorn.Config(app, http=partial(HeadInTime, seconds=limits.max_seconds), ws='none',
+                            log_level='warning', access_log=access_log, server_header=False,
                             limit_concurrency=limits.max_clients, timeout_graceful_shutdown=int(limits.max_seconds) + 1)
     if access_log: logging.getLogger('uvicorn.access').setLevel('INFO')
     logging.getLogger('uvicorn.error').addFilter(FewLines())

@@ -134,12 +134,14 @@ def _hub_id(name): return name if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) and
 def _results(facts, name): # the test accuracy as the hub's leaderboards read it
     trained_on, test = _shown(facts.config['trained_on']['name']), facts.summary['test']
     metric = dict(type='accuracy', name='pairs in the right order', value=round(test['accuracy'], 4))
-    result = dict(task=dict(type='text-classification', name='preference'), dataset=dict(type=trained_on, name=trained_on, split='test'), metrics=[metric])
+    result = dict(task=dict(type='text-classification', name='preference'),
+                  dataset=dict(type=trained_on, name=trained_on, split='test'), metrics=[metric])
     return [dict(name=name, results=[result])]
 
 def _head(facts, name, license): # YAML, of values that JSON can write
     trained_on, readout, base = facts.config['trained_on']['name'], facts.summary['readout'], _hub_id(facts.summary['transformer_name'])
-    items = dict(language='en' if _is_hh(facts) or trained_on == 'toy' else None, license=license, library_name='rlhf_flant5', pipeline_tag='text-classification',
+    items = dict(language='en' if _is_hh(facts) or trained_on == 'toy' else None, license=license,
+                 library_name='rlhf_flant5', pipeline_tag='text-classification',
                  tags=['reward-model', 'preference', 't5', readout.replace('_', '-')], base_model=base,
                  datasets=[trained_on] if _hub_id(trained_on) else None)
     items['model-index'] = _results(facts, name)
