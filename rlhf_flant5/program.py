@@ -344,13 +344,17 @@ examples:
   python -m rlhf_flant5.score runs/best_model qa.csv --prompt question --response answer --keep topic --out rewards.csv
   cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl''')
     p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
-    p.add_argument('input', nargs='?', default='-', help='.jsonl or .csv (or either .gz), or .parquet; - or nothing: JSON lines from standard input')
+    p.add_argument('input', nargs='?', default='-', help='.jsonl or .csv (or either .gz), or .parquet; '
+                                                         '- or nothing: JSON lines from standard input')
     p.add_argument('--out', default='-', help='a new file of JSON lines, or .csv; - or nothing: standard output')
-    for name in NAMES: p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column that holds the {name}; default: {name}')
-    p.add_argument('--keep', metavar='COLUMNS', help='columns that go along with the reward, a,b,c, or all; an id always does')
+    for name in NAMES:
+        p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column that holds the {name}; default: {name}')
+    p.add_argument('--keep', metavar='COLUMNS', help='columns that go along with the reward, a,b,c, or all; '
+                                                     'an id always does')
     p.add_argument('--max-bad-lines', type=_allowed, default=0, metavar='N', help='exit code 0 if no more lines are bad: a number, or a share such as 0.01; default: 0')
     p.add_argument('--resume', action='store_true', help='go on with --out where a run was cut short')
-    p.add_argument('--too-long', choices=('error', 'truncate_left'), default='error', help='a text beyond the model\'s max_tokens: an error of its line (default), or keep its end')
+    p.add_argument('--too-long', choices=('error', 'truncate_left'), default='error', help='a text beyond the model\'s max_tokens: an '
+                                                                         'error of its line (default), or keep its end')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
     p.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
     p.add_argument('--token-budget', type=int, help='padded tokens at once; default: what suits the device')

@@ -182,12 +182,14 @@ def _with_prompt(prompt, responses): # a pair (prompt, response), or a list of t
     responses = [*responses]
     prompts = [prompt]*len(responses) if _one(prompt) else [*prompt]
     if len(prompts) == len(responses): return [*zip(prompts, responses)]
-    raise ConfigError(f'{len(prompts):,} prompts and {len(responses):,} responses to compare; give one prompt, or one for each response')
+    raise ConfigError(f'{len(prompts):,} prompts and {len(responses):,} responses to compare; '
+                      'give one prompt, or one for each response')
 
 def _same_prompts(a, b):
     for i, (x, y) in enumerate(zip(a, b)):
         if _pair(x) and _pair(y) and dialogue(x[0], '') != dialogue(y[0], ''):
-            raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; rewards compare responses to one prompt')
+            raise ConfigError(f'comparison {i}: the prompts differ, {reprlib.repr(x[0])} and {reprlib.repr(y[0])}; '
+                              'rewards compare responses to one prompt')
 
 # %% ../nbs/50_score.ipynb #17181230
 @patch
@@ -377,10 +379,12 @@ def plot_text(ax, tokens:list[str], values:np.ndarray, cmap:str, low:float, high
 def _plot_texts(fig, top, mid, e, most): # what was read and what it moved, with their scales
     tokens, read, effects = e.tokens[-most:], e.read[-most:], e.token_effects[-most:]
     n, end = len(tokens), max(np.abs(effects).max(), 1e-9)
-    scales = plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)), plot_text(mid, tokens, effects, 'PuOr', -end, end)
+    scales = (plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)),
+              plot_text(mid, tokens, effects, 'PuOr', -end, end))
     top.set_title(f'read from: {n} of {len(e.tokens)} tokens' if n < len(e.tokens) else f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
     mid.set_title(f'what moved it: from {signed(e.blank_reward)} with a blank response to {signed(e.reward)}')
-    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'), (mid, scales[1], 'change', lambda v, _: signed(v))):
+    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'),
+                                   (mid, scales[1], 'change', lambda v, _: signed(v))):
         bar = fig.colorbar(scale, ax=ax, fraction=.02, pad=.01, aspect=8, format=form)
         bar.set_ticks(np.linspace(scale.norm.vmin, scale.norm.vmax, 3))
         bar.set_label(label, fontsize=7)
@@ -447,8 +451,10 @@ def form_of(columns:Iterable[str], # of a row
     has = f'has {"only "*(len(columns) == 1)}{reprlib.repr(", ".join(columns)) if columns else "no column"}'
     if lacks: raise ConfigError(f'{has}, and no {" and no ".join(lacks)}; name the columns as they are')
     if {'chosen', 'rejected'} <= {*columns}:
-        raise ConfigError(f'{has}: a pair, and a reward is of one text; name one of them (--text chosen), or take rlhf_flant5.evaluate, which reads pairs')
-    raise ConfigError(f'{has}; a row holds text, or prompt and response, or messages; other names are given with --text, --prompt, --response, --messages')
+        raise ConfigError(f'{has}: a pair, and a reward is of one text; '
+                          'name one of them (--text chosen), or take rlhf_flant5.evaluate, which reads pairs')
+    raise ConfigError(f'{has}; a row holds text, or prompt and response, or messages; '
+                      'other names are given with --text, --prompt, --response, --messages')
 
 def text_of(row:dict, names:dict[str, str]={}) -> str:
     "The dialogue of a row. Raises `ConfigError`."
@@ -549,17 +555,20 @@ def _csv_rows(reader, columns, name):
             fits = len(cells) == len(columns)
             yield n, dict(zip(columns, cells)) if fits else ConfigError(f'{len(cells)} cells, the header has {len(columns)}')
     except csv.Error as e: raise ConfigError(f'{name}: line {at + 1}: no CSV ({e})') from None
-    except UnicodeDecodeError as e: raise ConfigError(f'{name}: not UTF-8 after line {at} ({e.reason}); convert the file') from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f'{name}: not UTF-8 after line {at} ({e.reason}); convert the file') from None
 
 def csv_table(f, name:str): # a text file, and its name for messages -> columns, numbered rows
     "The rows of a CSV file with a header. Raises `ConfigError`."
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(f, strict=True)
     try: columns = next(reader, [])
-    except (csv.Error, UnicodeDecodeError) as e: raise ConfigError(f'{name}: no CSV in UTF-8 ({first_line(e)})') from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ConfigError(f'{name}: no CSV in UTF-8 ({first_line(e)})') from None
     twice = [c for c, n in Counter(columns).items() if n > 1]
     said = f'; {twice[0]!r} stands twice' if twice else ''
-    if not columns or twice: raise ConfigError(f'{name}: the first line must name the columns, each with a name of its own{said}')
+    if not columns or twice:
+        raise ConfigError(f'{name}: the first line must name the columns, each with a name of its own{said}')
     return columns, _csv_rows(reader, columns, name)
 
 def parquet_table(f, name:str): # a binary file, and its name -> columns, numbered rows
@@ -569,7 +578,8 @@ def parquet_table(f, name:str): # a binary file, and its name -> columns, number
         try:
             for n, row in enumerate((row for batch in table.iter_batches(1024) for row in batch.to_pylist()), 1):
                 yield n, json.loads(json.dumps(row, default=str), parse_constant=lambda _: None)      # dates as texts, NaN as null
-        except (pa.ArrowException, OSError) as e: raise ConfigError(f'{name}: the Parquet file is damaged ({first_line(e)})') from None
+        except (pa.ArrowException, OSError) as e:
+            raise ConfigError(f'{name}: the Parquet file is damaged ({first_line(e)})') from None
     try: table = pq.ParquetFile(f)
     except (pa.ArrowException, OSError) as e: raise ConfigError(f'{name}: no Parquet file ({first_line(e)})') from None
     return table.schema_arrow.names, rows()
@@ -590,17 +600,22 @@ _NOT_READ = '.tsv', '.xlsx', '.xls', '.ods', '.arrow', '.feather', '.zip', '.zst
 def _columns(args): # (names, keep) that the options give
     names = {k: getattr(args, k) for k in NAMES if getattr(args, k) is not None}
     if len(names) == 1 and {*names} <= {'prompt', 'response'}: names = dict(prompt='prompt', response='response') | names
-    if names and tuple(names) not in _FORMS: raise ConfigError(f'--{" --".join(names)}: name text, or prompt and response, or messages')
+    if names and tuple(names) not in _FORMS:
+        raise ConfigError(f'--{" --".join(names)}: name text, or prompt and response, or messages')
     keep = None if args.keep == 'all' else [c for c in (args.keep or '').split(',') if c]
-    if taken := [c for c in keep or () if c in OWN]: raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
+    if taken := [c for c in keep or () if c in OWN]:
+        raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
     return names, keep
 
 def _source(args, names, stack): # (columns, or None for JSON lines; numbered rows)
     if args.input == '-': return None, numbered_lines(sys.stdin.buffer)
     kind, zipped = Path(args.input.removesuffix('.gz')).suffix.lower(), args.input.endswith('.gz')
-    if kind in _NOT_READ or kind == '.parquet' and zipped: raise ConfigError(f'{args.input}: is not read here; convert it to .jsonl or .csv (or either .gz), or to .parquet')
+    if kind in _NOT_READ or kind == '.parquet' and zipped:
+        raise ConfigError(f'{args.input}: is not read here; '
+                          'convert it to .jsonl or .csv (or either .gz), or to .parquet')
     opener = gzip.open if zipped else open
-    if kind == '.csv': columns, rows = csv_table(stack.enter_context(opener(args.input, 'rt', encoding='utf-8-sig', newline='')), args.input)
+    if kind == '.csv':
+        columns, rows = csv_table(stack.enter_context(opener(args.input, 'rt', encoding='utf-8-sig', newline='')), args.input)
     elif kind == '.parquet': columns, rows = parquet_table(stack.enter_context(open(args.input, 'rb')), args.input)
     else: return None, numbered_lines(stack.enter_context(opener(args.input, 'rb')))
     try: form_of(columns, names)
@@ -613,10 +628,17 @@ def _out(args): # the file to write, or None
         if args.resume: raise ConfigError('--resume goes on with a file; name it with --out')
         return None
     out = Path(args.out)
-    if out.suffix == '.gz': raise ConfigError(f'{out}: rewards are written as plain text; name it {out.with_suffix("")}, and compress it when it is done')
-    if out.suffix == '.parquet': raise ConfigError(f'{out}: rewards are written as JSON lines or CSV; name it {out.with_suffix(".jsonl")} or {out.with_suffix(".csv")}')
-    if out.suffix == '.csv' and args.resume: raise ConfigError(f'{out}: CSV is written in one go; take {out.with_suffix(".jsonl")} for what may be cut short')
-    if os.path.lexists(out) and not args.resume: raise ConfigError(f'{out}: exists; add --resume to go on with it, or name another file')
+    if out.suffix == '.gz':
+        raise ConfigError(f'{out}: rewards are written as plain text; '
+                          f'name it {out.with_suffix("")}, and compress it when it is done')
+    if out.suffix == '.parquet':
+        raise ConfigError(f'{out}: rewards are written as JSON lines or CSV; '
+                          f'name it {out.with_suffix(".jsonl")} or {out.with_suffix(".csv")}')
+    if out.suffix == '.csv' and args.resume:
+        raise ConfigError(f'{out}: CSV is written in one go; '
+                          f'take {out.with_suffix(".jsonl")} for what may be cut short')
+    if os.path.lexists(out) and not args.resume:
+        raise ConfigError(f'{out}: exists; add --resume to go on with it, or name another file')
     return out
 
 def _csv_row(columns): # a row -> a line of CSV
@@ -630,7 +652,8 @@ def _csv_row(columns): # a row -> a line of CSV
 def _sink(out, columns, keep, stack): # (file, what `score_stream` is told of it)
     if out is None: return sys.stdout.buffer, {}
     if out.suffix == '.csv':
-        if keep is None and columns is None: raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
+        if keep is None and columns is None:
+            raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
         kept = [c for c in (columns if keep is None else keep) if c not in ('id', *OWN)]
         as_bytes = _csv_row(header := ['line', 'id', *kept, 'reward', 'error', 'n_cut'])
         sink = stack.enter_context(open(out, 'xb'))
@@ -645,15 +668,19 @@ def _sink(out, columns, keep, stack): # (file, what `score_stream` is told of it
 # %% ../nbs/50_score.ipynb #2f29bae3
 def _work(args, stack) -> int: # exit code
     out = _out(args)
-    if args.token_budget is not None and args.token_budget < 1: raise ConfigError(f'--token-budget {args.token_budget}: must be at least 1')
+    if args.token_budget is not None and args.token_budget < 1:
+        raise ConfigError(f'--token-budget {args.token_budget}: must be at least 1')
     names, keep = _columns(args)
     columns, rows = _source(args, names, stack)
-    if gone := [c for c in keep or () if columns and c not in columns]: raise ConfigError(f'--keep {gone[0]}: {args.input} has no such column; it has {reprlib.repr(", ".join(columns))}')
+    if gone := [c for c in keep or () if columns and c not in columns]:
+        raise ConfigError(f'--keep {gone[0]}: {args.input} has no such column; '
+                          f'it has {reprlib.repr(", ".join(columns))}')
     model = load_model(args.model, args.device)
     sink, how = _sink(out, columns, keep, stack)
     n = n_bad = 0
     with tqdm(disable=None, unit='line') as bar:
-        for scored in score_stream(model, rows, sink, **how, names=names, keep=keep, too_long=args.too_long, precision=args.precision, token_budget=args.token_budget):
+        for scored in score_stream(model, rows, sink, **how, names=names, keep=keep, too_long=args.too_long,
+                                   precision=args.precision, token_budget=args.token_budget):
             for r in scored:
                 if 'error' in r and (n_bad := n_bad + 1) <= 20: tqdm.write(f'line {r["line"]}: {r["error"]}', sys.stderr)
             n += len(scored)

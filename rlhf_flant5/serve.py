@@ -134,13 +134,16 @@ class Gate:
         self.counts = Counter() if counts is None else counts     # answers by (path, status)
 
     def check(self, headers):
-        if self.hosts and not _named(headers, self.hosts): raise Refused(400, f'the header Host must be one of {", ".join(self.hosts)}')
+        if self.hosts and not _named(headers, self.hosts):
+            raise Refused(400, f'the header Host must be one of {", ".join(self.hosts)}')
         if {b'content-length', b'transfer-encoding'} <= {k for k, _ in headers}:
-            raise Refused(400, 'Content-Length and Transfer-Encoding in one request, which a proxy may read in another way; send one of them')
+            raise Refused(400, 'Content-Length and Transfer-Encoding in one request, which a proxy may read in another '
+                               'way; send one of them')
 
     async def body(self, scope, receive) -> bytes:
         kind = dict(scope['headers']).get(b'content-type', b'').split(b';')[0].strip().lower()
-        if kind != b'application/json': raise Refused(415, 'a request must be application/json; set the header Content-Type')
+        if kind != b'application/json':
+            raise Refused(415, 'a request must be application/json; set the header Content-Type')
         parts, n, more = [], 0, True
         while more:
             message = await receive()
@@ -148,7 +151,8 @@ class Gate:
             part, more = message.get('body', b''), message.get('more_body', False)
             parts.append(part)
             n += len(part)
-            if n > self.limits.max_bytes: raise Refused(413, f'more than {self.limits.max_bytes:,} bytes; send fewer texts at a time')
+            if n > self.limits.max_bytes:
+                raise Refused(413, f'more than {self.limits.max_bytes:,} bytes; send fewer texts at a time')
         return b''.join(parts)
 
 # %% ../nbs/52_serve.ipynb #b5053d27
@@ -221,7 +225,8 @@ class FewLines(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):   # told by uvicorn with a traceback
             record.msg, record.args, record.exc_info = 'a client was still being answered when the service stopped', (), None
         self.seen[kind] += 1
-        if self.seen[kind] == self.most: record.msg = f'{record.msg} ({self.most} times by now; no more of these are logged)'
+        if self.seen[kind] == self.most:
+            record.msg = f'{record.msg} ({self.most} times by now; no more of these are logged)'
         return self.seen[kind] <= self.most
 
 # %% ../nbs/52_serve.ipynb #59694b4f
@@ -288,14 +293,17 @@ def _plain(x): # messages as dictionaries
     return x.model_dump() if isinstance(x, Message) else x
 
 def _dialogues(rows, limits): # (prompt, response) pairs, or (text,)
-    if len(rows) > limits.max_texts: raise Refused(422, f'{len(rows):,} texts, {limits.max_texts} at most; send fewer at a time')
+    if len(rows) > limits.max_texts:
+        raise Refused(422, f'{len(rows):,} texts, {limits.max_texts} at most; send fewer at a time')
     out = []
     for i, row in enumerate(rows):
         try: out.append(dialogue(*row))
         except ConfigError as e: raise Refused(422, f'text {i}: {e}') from None
     return out
 
-_ROWS = {('text',): lambda text: [(text,)], ('texts',): lambda texts: [(t,) for t in texts], ('messages',): lambda messages: [(messages,)],
+_ROWS = {('text',): lambda text: [(text,)],
+         ('texts',): lambda texts: [(t,) for t in texts],
+         ('messages',): lambda messages: [(messages,)],
          ('prompt', 'response'): lambda prompt, response: [(prompt, response)],
          ('prompt', 'responses'): lambda prompt, responses: [(prompt, r) for r in responses],
          ('prompts', 'responses'): lambda prompts, responses: [*zip(prompts, responses)]}
@@ -303,8 +311,10 @@ _ROWS = {('text',): lambda text: [(text,)], ('texts',): lambda texts: [(t,) for 
 def _asked(q, limits) -> list[str]: # dialogues of a ScoreRequest
     given = {k: _plain(v) for k, v in q if v is not None}
     if tuple(given) not in _ROWS:
-        raise Refused(422, f'the request has {", ".join(given) or "nothing to score"}; give {"; or ".join(" and ".join(form) for form in _ROWS)}')
-    if 'prompts' in given and len(q.prompts) != len(q.responses): raise Refused(422, f'{len(q.prompts):,} prompts and {len(q.responses):,} responses; give as many')
+        raise Refused(422, f'the request has {", ".join(given) or "nothing to score"}; '
+                           f'give {"; or ".join(" and ".join(form) for form in _ROWS)}')
+    if 'prompts' in given and len(q.prompts) != len(q.responses):
+        raise Refused(422, f'{len(q.prompts):,} prompts and {len(q.responses):,} responses; give as many')
     return _dialogues(_ROWS[tuple(given)](**given), limits)
 
 # %% ../nbs/52_serve.ipynb #6044b592
@@ -324,14 +334,19 @@ _PAGE = '''<!doctype html><title>rlhf_flant5</title><h1>rlhf_flant5: rewards</h1
 <h2>Limits</h2><table>{limits}</table>
 <p>A text may have {max_tokens} tokens. An error is one line, {{"error": …}}.</p>
 <p>Also: GET <a href="health">/health</a>, GET <a href="metrics">/metrics</a> for Prometheus, and all of it in full for any OpenAPI viewer or generator: <a href="openapi.json">openapi.json</a></p>'''
-_EXAMPLES = dict(score=dict(prompt='Where is Ghana?', responses=['It is in Africa.', 'It is in Asia.']), compare=dict(prompt='Where is Ghana?', a='It is in Africa.', b='It is in Asia.'),
-                 rank=dict(prompt=[dict(role='user', content='Where is Ghana?')], responses=['It is in Asia.', 'It is in Africa.']))
+_EXAMPLES = dict(
+    score=dict(prompt='Where is Ghana?', responses=['It is in Africa.', 'It is in Asia.']),
+    compare=dict(prompt='Where is Ghana?', a='It is in Africa.', b='It is in Asia.'),
+    rank=dict(prompt=[dict(role='user', content='Where is Ghana?')], responses=['It is in Asia.', 'It is in Africa.']))
 
 def _page(host, model, limits):
-    examples = [f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'" for path, body in _EXAMPLES.items()]
-    rows = ''.join(f'<tr><td>--{f.name.replace("_", "-")}<td>{getattr(limits, f.name):,}<td>{f.metadata["help"]}' for f in fields(Limits))
+    examples = [f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+                for path, body in _EXAMPLES.items()]
+    rows = ''.join(f'<tr><td>--{f.name.replace("_", "-")}<td>{getattr(limits, f.name):,}<td>{f.metadata["help"]}'
+                   for f in fields(Limits))
     forms = '; or '.join(' and '.join(form) for form in _ROWS)
-    return _PAGE.format(examples=html.escape('\n'.join(examples), quote=False), forms=forms, limits=rows, max_tokens=model.config.get('max_tokens') or 'any number of')
+    return _PAGE.format(examples=html.escape('\n'.join(examples), quote=False), forms=forms, limits=rows,
+                        max_tokens=model.config.get('max_tokens') or 'any number of')
 
 # %% ../nbs/52_serve.ipynb #3f679104
 def make_app(model:RewardModel,           # on its device
@@ -356,8 +371,14 @@ def make_app(model:RewardModel,           # on its device
     return app
 
 # %% ../nbs/52_serve.ipynb #e16a8662
-ERRORS = {400: 'the Host or the framing of the request is not accepted', 408: 'the body did not arrive in time', 413: 'the body is too large', 415: 'the body is not application/json',
-          422: 'the body is not what is documented, or a text is too long', 500: 'the model failed', 503: 'too many texts wait; try again', 504: 'the answer took too long'}
+ERRORS = {400: 'the Host or the framing of the request is not accepted',
+          408: 'the body did not arrive in time',
+          413: 'the body is too large',
+          415: 'the body is not application/json',
+          422: 'the body is not what is documented, or a text is too long',
+          500: 'the model failed',
+          503: 'too many texts wait; try again',
+          504: 'the answer took too long'}
 
 def _errors(app):
     "Every error is one line of JSON."
@@ -374,8 +395,10 @@ def _errors(app):
 # %% ../nbs/52_serve.ipynb #42a0b738
 def _routes(app, limits, temperature):
     ScoreRequest, CompareRequest, RankRequest = request_kinds(limits.max_texts)
-    post = partial(app.post, responses={status: dict(model=ErrorAnswer, description=said) for status, said in ERRORS.items()})
-    async def rewards(request, texts): return await _unless_gone(request, app.state.batcher.score(texts), limits.max_seconds)
+    post = partial(app.post, responses={status: dict(model=ErrorAnswer, description=said)
+                                        for status, said in ERRORS.items()})
+    async def rewards(request, texts):
+        return await _unless_gone(request, app.state.batcher.score(texts), limits.max_seconds)
 
     @post('/score')
     async def score(request:Request, q:ScoreRequest) -> ScoreAnswer:
@@ -395,13 +418,15 @@ def _routes(app, limits, temperature):
         found = await rewards(request, _dialogues([(_plain(q.prompt), r) for r in q.responses], limits))
         shares = softmax([r/temperature for r in found])
         best_first = sorted(range(len(found)), key=lambda i: -found[i])
-        return RankAnswer(temperature=temperature, ranking=[Ranked(response=q.responses[i], reward=found[i], share=shares[i], index=i) for i in best_first])
+        return RankAnswer(temperature=temperature, ranking=[
+            Ranked(response=q.responses[i], reward=found[i], share=shares[i], index=i) for i in best_first])
 
 # %% ../nbs/52_serve.ipynb #c526e5eb
 def _metrics(batcher, counts) -> str: # in Prometheus' text format
     out = ['# HELP rlhf_flant5_requests_total Answers by path and status.', '# TYPE rlhf_flant5_requests_total counter']
     out += [f'rlhf_flant5_requests_total{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(counts.items())]
-    for name, kind, said, value in (('texts_total', 'counter', 'Texts that were scored.', batcher.n_scored), ('batches_total', 'counter', 'Batches that were scored.', batcher.n_batches),
+    for name, kind, said, value in (('texts_total', 'counter', 'Texts that were scored.', batcher.n_scored),
+                                    ('batches_total', 'counter', 'Batches that were scored.', batcher.n_batches),
                                     ('texts_waiting', 'gauge', 'Texts that wait.', batcher.line.qsize())):
         out += [f'# HELP rlhf_flant5_{name} {said}', f'# TYPE rlhf_flant5_{name} {kind}', f'rlhf_flant5_{name} {value}']
     return '\n'.join(out) + '\n'
@@ -429,7 +454,8 @@ def _pages(app, model, limits, temperature):
 def make_server(app, limits:Limits, access_log:bool=False # log each request
                ) -> uvicorn.Server:
     "The service as a server, within the limits of connections."
-    config = uvicorn.Config(app, http=partial(HeadInTime, seconds=limits.max_seconds), ws='none', log_level='warning', access_log=access_log, server_header=False,
+    config = uvicorn.Config(app, http=partial(HeadInTime, seconds=limits.max_seconds), ws='none',
+                            log_level='warning', access_log=access_log, server_header=False,
                             limit_concurrency=limits.max_clients, timeout_graceful_shutdown=int(limits.max_seconds) + 1)
     if access_log: logging.getLogger('uvicorn.access').setLevel('INFO')
     logging.getLogger('uvicorn.error').addFilter(FewLines())

@@ -102,8 +102,11 @@ def accuracy_table(facts:RunFacts) -> str: # Markdown
     own = scores['**this model**']
     header = ['test accuracy, % (95%)', f'all, n = {own["n"]:,}', *(f'{escaped(k)}, n = {v["n"]:,}' for k, v in own['subsets'].items())]
     said = [markdown_table(header, [[name, shown(s), *(shown(v) for v in s['subsets'].values())] for name, s in scores.items()])]
-    if ties := [name for name in rules if name not in scored]: said.append(f'Left out, since they tie on all of these pairs: {", ".join(ties)}.')
-    if best := facts.summary.get('best_reachable_accuracy'): said.append(f'No model can reach more than {100*best:.1f}% on these pairs on average: their labels are drawn at random.')
+    if ties := [name for name in rules if name not in scored]:
+        said.append(f'Left out, since they tie on all of these pairs: {", ".join(ties)}.')
+    if best := facts.summary.get('best_reachable_accuracy'):
+        said.append(f'No model can reach more than {100*best:.1f}% on these pairs on average: their labels are drawn '
+                    'at random.')
     return '\n\n'.join(said)
 
 # %% ../nbs/53_share.ipynb #b4c61221
@@ -138,12 +141,14 @@ def _hub_id(name): return name if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) and
 def _results(facts, name): # the test accuracy as the hub's leaderboards read it
     trained_on, test = _shown(facts.config['trained_on']['name']), facts.summary['test']
     metric = dict(type='accuracy', name='pairs in the right order', value=round(test['accuracy'], 4))
-    result = dict(task=dict(type='text-classification', name='preference'), dataset=dict(type=trained_on, name=trained_on, split='test'), metrics=[metric])
+    result = dict(task=dict(type='text-classification', name='preference'),
+                  dataset=dict(type=trained_on, name=trained_on, split='test'), metrics=[metric])
     return [dict(name=name, results=[result])]
 
 def _head(facts, name, license): # YAML, of values that JSON can write
     trained_on, readout, base = facts.config['trained_on']['name'], facts.summary['readout'], _hub_id(facts.summary['transformer_name'])
-    items = dict(language='en' if _is_hh(facts) or trained_on == 'toy' else None, license=license, library_name='rlhf_flant5', pipeline_tag='text-classification',
+    items = dict(language='en' if _is_hh(facts) or trained_on == 'toy' else None, license=license,
+                 library_name='rlhf_flant5', pipeline_tag='text-classification',
                  tags=['reward-model', 'preference', 't5', readout.replace('_', '-')], base_model=base,
                  datasets=[trained_on] if _hub_id(trained_on) else None)
     items['model-index'] = _results(facts, name)
@@ -186,8 +191,10 @@ _REMEDY = {401: 'the hub does not know you (401); log in with `hf auth login`, w
 
 def _hub_error(e, repo_id, update, made): # made: the repository is new
     status = e.response.status_code if isinstance(e, HfHubHTTPError) and e.response is not None else None
-    if status == 409 and not update and not made: said = 'is there already; update it (--update, in Python update=True), or take another name'
-    elif status == 404 and update: said = 'no such repository, or none that you may see; to make a new one, do not ask for an update'
+    if status == 409 and not update and not made:
+        said = 'is there already; update it (--update, in Python update=True), or take another name'
+    elif status == 404 and update:
+        said = 'no such repository, or none that you may see; to make a new one, do not ask for an update'
     elif status in _REMEDY: said = _REMEDY[status]
     elif status and status >= 500: said = f'the hub answered {status}, it is overloaded or down; try again later'
     elif status: said = f'the hub answered {status} ({first_line(e)}); the request is not what it takes'
@@ -200,7 +207,8 @@ def _own_files(folder): # what `save_pretrained` writes: {path in the repository
     link = folder if folder != folder.resolve() else next((p for p in sorted(folder.rglob('*')) if p.is_symlink()), None)
     if link: raise ConfigError(f'{link}: a link, or behind one, which may lead anywhere; put the file itself there')
     files = [folder/'config.json', folder/'model.safetensors', *sorted(p for name in TOKENIZER_FILES for p in (folder/'tokenizer').glob(name))]
-    if gone := next((p for p in files if not p.is_file()), None): raise ConfigError(f'{gone}: no such file; the model is incomplete, train it anew')
+    if gone := next((p for p in files if not p.is_file()), None):
+        raise ConfigError(f'{gone}: no such file; the model is incomplete, train it anew')
     return {p.relative_to(folder).as_posix(): str(p) for p in files}
 
 def push_to_hub(run:Path,                # a finished run's folder
@@ -214,14 +222,16 @@ def push_to_hub(run:Path,                # a finished run's folder
     "Put a model and its card on the hub, in one commit. Raises `ConfigError` in one line."
     facts, api = read_facts(run), HfApi(endpoint=endpoint, token=token)
     files = _own_files(facts.folder) | {'README.md': model_card(facts, repo_id, license).encode()}
-    if not (token or get_token()): raise ConfigError(f'{repo_id}: not logged in; run `hf auth login`, or set HF_TOKEN to a token that may write')
+    if not (token or get_token()):
+        raise ConfigError(f'{repo_id}: not logged in; run `hf auth login`, or set HF_TOKEN to a token that may write')
     made = False
     try:
         if not update:
             api.create_repo(repo_id, private=private)
             made = True
         return api.create_commit(repo_id, [CommitOperationAdd(k, v) for k, v in files.items()], commit_message=f'A reward model: {facts.summary["readout"]}').commit_url
-    except HFValidationError as e: raise ConfigError(f'{repo_id!r}: no name for a repository ({first_line(e)}); take your-name/a-name') from None
+    except HFValidationError as e:
+        raise ConfigError(f'{repo_id!r}: no name for a repository ({first_line(e)}); take your-name/a-name') from None
     except (HTTPError, OSError) as e: raise ConfigError(_hub_error(e, repo_id, update, made)) from None
 
 # %% ../nbs/53_share.ipynb #bdcf568a

@@ -121,7 +121,9 @@ def save_pretrained(self:RewardModel,
                     **facts):         # anything to keep in `config.json` beside what a loaded model has there: max_tokens, its scores
     "Save weights, architecture and tokenizer as one self-contained folder. Raises `ConfigError` without a tokenizer."
     tokenizer = tokenizer or getattr(self, 'tokenizer', None)
-    if tokenizer is None: raise ConfigError(f'{folder}: the model has no tokenizer to save; give one, as save_pretrained(folder, tokenizer)')
+    if tokenizer is None:
+        raise ConfigError(f'{folder}: the model has no tokenizer to save; '
+                          'give one, as save_pretrained(folder, tokenizer)')
     known = {k: v for k, v in getattr(self, 'config', {}).items() if k not in ('format', *_SAVED)}
     config = dict(format='rlhf_flant5 reward model 1', readout=readout_name(type(self)), settings=self.settings,
                   has_decoder=self.backbone.has_decoder, train_transformer=self.backbone.trained, lora=self.backbone.lora,
@@ -181,18 +183,24 @@ def check_saved(config:dict, # what a saved model's `config.json` says
                ) -> type[RewardModel]: # its readout
     "Raise `ConfigError` unless `config` is what `save_pretrained` writes."
     if config.get('model_type') in ('t5', 'mt5', 'umt5') and 'format' not in config:
-        raise ConfigError(f'{where}: this is a plain T5, not a reward model; train one with python -m rlhf_flant5.train model.transformer_name={where}')
-    if config.get('format') != 'rlhf_flant5 reward model 1': raise ConfigError(f"{where}: no saved reward model (config.json has format {reprlib.repr(config.get('format'))}); take the folder of a run, or its best_model")
+        raise ConfigError(f'{where}: this is a plain T5, not a reward model; '
+                          f'train one with python -m rlhf_flant5.train model.transformer_name={where}')
+    if config.get('format') != 'rlhf_flant5 reward model 1':
+        raise ConfigError(f"{where}: no saved reward model (config.json has format {reprlib.repr(config.get('format'))}); take the folder of a run, or its best_model")
     for key, kind in _SAVED.items():
-        if type(config.get(key)) is not kind: raise ConfigError(f'{where}: {key} in config.json is {type(config.get(key)).__name__}, must be {kind.__name__}; the file is damaged')
+        if type(config.get(key)) is not kind:
+            raise ConfigError(f'{where}: {key} in config.json is {type(config.get(key)).__name__}, must be '
+                              f'{kind.__name__}; the file is damaged')
     cls, lora = readout_class(config['readout']), config['lora']
     for key, v in config['settings'].items():
         fits = type(v) is list and len(v) <= 100 and all(map(_width, v)) if key == 'readout_additional_layers' else _width(v) or (v is None and key == 'n_blocks_to_use')
-        if key not in [*inspect.signature(cls).parameters][1:] or not fits: raise ConfigError(f"{where}: setting {reprlib.repr(key)} of {config['readout']} is {reprlib.repr(v)}; it has no such setting, or the value is out of bounds")
+        if key not in [*inspect.signature(cls).parameters][1:] or not fits:
+            raise ConfigError(f"{where}: setting {reprlib.repr(key)} of {config['readout']} is {reprlib.repr(v)}; it has no such setting, or the value is out of bounds")
     modules = lora.get('target_modules', [])
     if {*lora} - {'r', 'alpha', 'target_modules'} or not (lora.get('r') == 0 or _width(lora.get('r')) and _width(lora.get('alpha'))) or type(modules) is not list or not all(type(m) is str for m in modules):
         raise ConfigError(f'{where}: lora {reprlib.repr(lora)}: must hold r, alpha and a list of target_modules')
-    if cls.reads_decoder and not config['has_decoder']: raise ConfigError(f"{where}: {config['readout']} reads the decoder, has_decoder is false; the file is damaged")
+    if cls.reads_decoder and not config['has_decoder']:
+        raise ConfigError(f"{where}: {config['readout']} reads the decoder, has_decoder is false; the file is damaged")
     return cls
 
 # %% ../../nbs/20_reward_model.ipynb #0dd7e133
