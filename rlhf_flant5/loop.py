@@ -100,7 +100,7 @@ def duration(seconds:float) -> str:
     return f'{minutes} min' if minutes < 90 else f'{minutes//60} h {minutes%60} min'
 
 class Progress:
-    "How far something long is: a bar on a terminal, elsewhere a line in the log from time to time. The first process alone shows it."
+    "How far something long is: a bar on a terminal, elsewhere a line in the log now and then; of the first process alone."
     def __init__(self,
                  what:str,      # 'train', 'validation', …
                  unit:str,      # what is counted: batch, pair
@@ -120,7 +120,8 @@ class Progress:
         self.bar.update(n)
         now, self.spoke = time.monotonic(), max(self.spoke, spoke)
         quiet_for = 10 if now - self.begun < 60 else 60
-        if self.bar.disable and is_first() and now - self.spoke >= quiet_for and self.start < self.done < self.total: self.line(now, words)
+        due = now - self.spoke >= quiet_for and self.start < self.done < self.total
+        if due and self.bar.disable and is_first(): self.line(now, words)
 
     def line(self, now, words):
         left = (now - self.begun)/(self.done - self.start)*(self.total - self.done)
@@ -196,12 +197,15 @@ def describe_rate(opt, n_total:int, n_per_epoch:int) -> str:
     rise = f'up to {opt.init_lr:g} over {warm:,} batches, then ' if warm > 1 else ''
     if warm > n_total:
         reached = opt.init_lr*n_total/warm
-        return f'rising to {reached:.3g} of {opt.init_lr:g}: the warm-up of {warm:,} batches is longer than the run of {n_total:,}; lower training.optimizer.warmup'
+        return (f'rising to {reached:.3g} of {opt.init_lr:g}: the warm-up of {warm:,} batches is longer '
+                f'than the run of {n_total:,}; lower training.optimizer.warmup')
     if opt.schedule == 'epochs' and n_total <= n_per_epoch:
-        return (f'{rise}constant at {opt.init_lr:g}: schedule=epochs decays between epochs, this run has one, so final_lr={opt.final_lr:g} is not used; '
+        return (f'{rise}constant at {opt.init_lr:g}: schedule=epochs decays between epochs, this run has one, '
+                f'so final_lr={opt.final_lr:g} is not used; '
                 'take training.optimizer.schedule=linear to decay within it')
     if opt.schedule == 'constant': return f'{rise}constant at {opt.init_lr:g}'
-    how = dict(epochs=f'once an epoch, exponentially, over {math.ceil(n_total/n_per_epoch)} epochs', steps='exponentially', linear='linearly', cosine='along a cosine')
+    how = dict(epochs=f'once an epoch, exponentially, over {math.ceil(n_total/n_per_epoch)} epochs',
+               steps='exponentially', linear='linearly', cosine='along a cosine')
     return f'{rise}from {opt.init_lr:g} to {opt.final_lr:g} {how[opt.schedule]}'
 
 # %% ../nbs/33_loop.ipynb #2bb38fdc
@@ -569,22 +573,25 @@ def step(self:TrainingLoop, step:Step):
 @patch
 def time_left(self:TrainingLoop) -> str:
     "Until the last batch, by the time that the batches before this one took; empty if there are none."
-    s = self.state
-    return f', {duration(s.seconds/s.n_looked*(self.n_total - s.n_batches))} left' if s.n_looked and s.n_batches < self.n_total else ''
+    s, coming = self.state, self.n_total - self.state.n_batches
+    return f', {duration(s.seconds/s.n_looked*coming)} left' if s.n_looked and coming else ''
 
 @patch
 def report(self:TrainingLoop):
     "Training pairs since the last report, to the trackers and the log, if due."
     last, rate = self.state.n_batches == self.n_total, self.rate(self.state.n_batches - 1)
     if self.due('progress_logging'):
-        self.say(f'train {show_scores(self.recent.scores())}, rate {rate:.2g}, {self.recent.per_second():.1f} pairs/s{self.time_left()}')
+        scores, speed = show_scores(self.recent.scores()), f'{self.recent.per_second():.1f} pairs/s'
+        self.say(f'train {scores}, rate {rate:.2g}, {speed}{self.time_left()}')
     if self.due('train_status_update') or last:
         scalars, arrays = self.recent.look()
         self.track(scalars | {'train/learning_rate': rate}, arrays)
         self.recent = Recent()
 
 @patch(as_prop=True)
-def stopped_early(self:TrainingLoop) -> bool: return self.state.n_worse >= self.cfg.max_non_optim_vals and self.state.n_batches < self.n_total
+def stopped_early(self:TrainingLoop) -> bool:
+    return self.state.n_worse >= self.cfg.max_non_optim_vals and self.state.n_batches < self.n_total
+
 @patch
 def ends(self:TrainingLoop, state:LoopState) -> bool: return state.n_batches >= self.n_total or state.n_worse >= self.cfg.max_non_optim_vals
 @patch(as_prop=True)
@@ -606,10 +613,10 @@ def halve_budget(train:PairBatches, step:Step, error:RuntimeError, log):
 
 # %% ../nbs/33_loop.ipynb #ef8fe385
 def _say_why(loop):
-    n = loop.state.n_worse
+    s, n = loop.state, loop.state.n_worse
     worse = f'last {n} validations' if n > 1 else 'last validation'
-    loop.log.info(f'{loop.name}stopped early: no lower validation loss in the {worse}, batch {loop.state.n_batches:,} of {loop.n_total:,}; '
-                  f'the best is that of batch {loop.state.best_batch:,}')
+    loop.log.info(f'{loop.name}stopped early: no lower validation loss in the {worse}, '
+                  f'batch {s.n_batches:,} of {loop.n_total:,}; the best is that of batch {s.best_batch:,}')
 
 def _after_step(loops, share, check):
     "What is due behind a batch."
@@ -631,7 +638,8 @@ def _interrupted(loop):
 def _show(progress, loop):
     done = loop.recent.steps[-1]
     now = score_rows(done.chosen, done.rejected)
-    progress(1, f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}, {loop.recent.per_second():.1f} pairs/s', loop.spoke)
+    speed = f'{loop.recent.per_second():.1f} pairs/s'
+    progress(1, f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}, {speed}', loop.spoke)
 
 def _steps(loops, share, stop, progress):
     "Steps of an epoch, as far as nothing changes: True at its end; False when a loop is done, or steps must be cut anew."
