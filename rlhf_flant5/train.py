@@ -370,24 +370,29 @@ def described_model(cfg, model) -> str:
     n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
     lora = f' by LoRA of rank {cfg.model.lora.r}' if cfg.model.lora.r else ''
     how = f'trained{lora}' if cfg.model.train_transformer else 'frozen, its states kept' if keeps_states(cfg.model) else 'frozen'
-    return f'{readout_name(model_class(cfg.model))} on {cfg.model.transformer_name}, {how}: {n_trained:,} of {n_all:,} parameters trained ({n_trained/n_all:.2%})'
+    what = f'{readout_name(model_class(cfg.model))} on {cfg.model.transformer_name}, {how}'
+    return f'{what}: {n_trained:,} of {n_all:,} parameters trained ({n_trained/n_all:.2%})'
 
 def described_steps(loop) -> str:
     "Batches of an epoch and of the run, and how often it stops to look."
     per_epoch, total = loop.train.n_steps, loop.n_total
-    def times(interval): return n_due(interval, total, per_epoch) + (not is_due(interval, total, per_epoch))     # the last batch is always one
+    def times(interval): # the last batch is always one
+        return n_due(interval, total, per_epoch) + (not is_due(interval, total, per_epoch))
     often = {k: times(loop.cfg.intervals[k]) for k in ('validation', 'checkpointing')}
     epochs = f'{total/per_epoch:.3g}'
-    return (f'{per_epoch:,} batches of {loop.train.batch_size:,} pairs an epoch, {total:,} in all ({epochs} epoch{"s"*(epochs != "1")}); '
+    return (f'{per_epoch:,} batches of {loop.train.batch_size:,} pairs an epoch, '
+            f'{total:,} in all ({epochs} epoch{"s"*(epochs != "1")}); '
             f'validations: {often["validation"]:,}, checkpoints: {often["checkpointing"]:,}')
 
 def opening_lines(cfgs, loops, splits) -> list[str]:
     "What is trained, on what, on how many pairs, how long and at which rate."
     cfg, first = cfgs[0], loops[0]
     models = [l.name + described_model(c, l.model) for c, l in zip(cfgs, loops)]
-    pairs = ', '.join(f'{len(splits[k]):,} {words}' for k, words in dict(train='to train on', validation='for validation', test='to test on').items())
+    uses = dict(train='to train on', validation='for validation', test='to test on')
+    pairs = ', '.join(f'{len(splits[k]):,} {words}' for k, words in uses.items())
     rate = describe_rate(first.opt_cfg, first.n_total, first.train.n_steps)
-    return [*models, described_precision(cfg, first.accelerator), f'pairs: {pairs}', described_steps(first), f'learning rate {rate}']
+    where = described_precision(cfg, first.accelerator)
+    return [*models, where, f'pairs: {pairs}', described_steps(first), f'learning rate {rate}']
 
 # %% ../nbs/34_train.ipynb #c2a6075a
 def verbatim(text:str) -> str: # Markdown
@@ -398,18 +403,21 @@ def tell_origin(cfg, run:Run, loop, counts):
     "TensorBoard's page on a run that begins: command, commit, pairs, settings. One that goes on has it already."
     if loop.state.n_batches: return
     source = run.provenance['source']
-    code = f'rlhf_flant5 {source["version"]}, commit {source["commit"] or "unknown"}' + ' with changes that are not committed'*bool(source['dirty'])
-    parts = dict(command=(run.data/'command.txt').read_text(encoding='utf-8'), code=code, pairs=counts_line(counts).replace('; ', '\n'), settings=OmegaConf.to_yaml(cfg))
+    changed = ' with changes that are not committed' if source['dirty'] else ''
+    code = f'rlhf_flant5 {source["version"]}, commit {source["commit"] or "unknown"}{changed}'
+    command, pairs = (run.data/'command.txt').read_text(encoding='utf-8'), counts_line(counts).replace('; ', '\n')
+    parts = dict(command=command, code=code, pairs=pairs, settings=OmegaConf.to_yaml(cfg))
     loop.trackers[0].text('run', '\n'.join(f'**{name}**\n\n{verbatim(text)}' for name, text in parts.items()))
 
-SORTED_BY = (r'seed|data\.(name|n_train_data)|model\.(transformer_name|train_transformer|dropout|lora\.r)|training\.optimizer\..*'
-             r'|training\.loop\.(train_batch_size|n_epochs|n_batches)')
+SORTED_BY = (r'seed|data\.(name|n_train_data)|model\.(transformer_name|train_transformer|dropout|lora\.r)'
+             r'|training\.optimizer\..*|training\.loop\.(train_batch_size|n_epochs|n_batches)')
 
 def table_settings(cfg) -> dict: # name -> text, number or truth value
     "The settings by which runs are sorted in TensorBoard's table."
     flat, chosen = dict(flat_settings(OmegaConf.to_container(cfg))), {}
     for k, v in flat.items():
-        if re.fullmatch(SORTED_BY, k): chosen[k.removeprefix('training.')] = v if type(v) in (bool, int, float, str) else str(v)
+        plain = v if type(v) in (bool, int, float, str) else str(v)
+        if re.fullmatch(SORTED_BY, k): chosen[k.removeprefix('training.')] = plain
     return dict(readout=readout_name(model_class(cfg.model))) | chosen
 
 def tell_result(cfg, run:Run, loop, splits, scores:dict):
@@ -418,11 +426,13 @@ def tell_result(cfg, run:Run, loop, splits, scores:dict):
     test = as_scalars('test', scores['test']) | {'test/calibration_error': scores['test']['calibration_error']}
     board.result(table_settings(cfg), {k: test.pop(k) for k in ('test/accuracy', 'test/loss')}, n)
     board(n, test)
-    with open(run.results/'validation_pairs.jsonl', encoding='utf-8') as f: rows = [json.loads(line) for line in itertools.islice(f, 5)]
+    with open(run.results/'validation_pairs.jsonl', encoding='utf-8') as f:
+        rows = [json.loads(line) for line in itertools.islice(f, 5)]
     page = []
     for i, row in enumerate(rows):
         for kind in ('chosen', 'rejected'):
-            page.append(f'**Pair {i + 1}, {kind}: reward {row[f"reward_{kind}"]:.3f}**\n\n{verbatim(splits["validation"][kind][i])}')
+            heading = f'**Pair {i + 1}, {kind}: reward {row[f"reward_{kind}"]:.3f}**'
+            page.append(f'{heading}\n\n{verbatim(splits["validation"][kind][i])}')
     board.text('validation_pairs', '\n'.join(page))
 
 # %% ../nbs/34_train.ipynb #978283cb
