@@ -16,7 +16,7 @@ from .program import benchmark_parser, early, program
 if __name__ == '__main__' and '__file__' in globals(): early(benchmark_parser)
 
 # %% ../nbs/41_speed.ipynb #2cff8d1c
-import copy, json, logging, multiprocessing, os, platform, resource, statistics, sys, tempfile, time
+import copy, json, logging, multiprocessing, platform, resource, statistics, sys, tempfile, time
 from dataclasses import replace
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Model
-from .backbone import ATTENTION, FLAN_T5_SIZES, Backbone, Texts, flan_t5_config, unit_rms
+from .backbone import ATTENTION, Backbone, Texts, flan_t5_config, unit_rms
 from .config import ConfigError, best_device, choices, figure, load_config, set_seed
 from .data import PairBatches, epoch_order, load_tokenizer, pad_ids, pairs_folder, read_pairs, tokenize_pairs
 from .features import FeatureBatches, keep_states, kept_features, without_decoder

@@ -18,7 +18,7 @@ if __name__ == '__main__' and '__file__' in globals(): early(data_parser)
 
 # %% ../nbs/01_data.ipynb #64ca8eca
 import gzip, hashlib, json, os, re, reprlib, tempfile, zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from heapq import heapreplace
 from pathlib import Path

@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 from tqdm.auto import tqdm
-from .config import ConfigError, best_device, figure, load_config
+from .config import ConfigError, figure, load_config
 from .data import check_row, conversation_keys, encode, fingerprint, first_line, read_pairs, resolve_folder, try_rows
 from .explore import BASELINES
 from .metrics import length_matched, margins, pair_scores, pair_table, plot_groups, plot_margins, plot_reliability, plot_rewards, suspicious, table_scores, write_pair_table, write_sheet

@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 def test_card_says_what_the_files_say(run):
     card = re.sub(' +', ' ', model_card(run, 'me/it', 'mit'))
-    for said in ('license: "mit"', 'base_model: "google/flan-t5-small"', 'datasets: ["Anthropic/hh-rlhf"]', '| **this model** | 75.0 (44.2 to 91.9) | 100.0 (56.6 to 100.0) | 50.0 (', '| longer reply |', 'T = 2.000', '1,200 read, 34 too long',
+    for said in ('license: "mit"', 'base_model: "google/flan-t5-small"', 'datasets: ["Anthropic/hh-rlhf"]', '| **this model** | 75.0 (42.4 to 92.4) | 100.0 (56.6 to 100.0) | 50.0 (', '| longer reply |', 'T = 2.000', '1,200 read, 34 too long',
                  'Seed 7, 40 batches', '`c0ffee`, with uncommitted changes, on cuda', 'python -m rlhf_flant5.train index=0', "from_pretrained('me/it')", 'offensive', 'not a safety filter'): assert said in card, said
     assert 'toy world' not in card and 'No model can reach' not in card
     sure, unsure = (1 - 1/(1 + np.exp(-m/2)) for m in (1, -1))                                # Brier at T = 2, by hand: seven right by 1, a tie, two wrong by 1
