@@ -35,7 +35,7 @@ def test_what_is_imported_is_declared():
     ini = ConfigParser()
     ini.read(root/'settings.ini', encoding='utf-8')
     declared = {canonicalize_name(Requirement(r).name) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements' for r in v.split()}
-    called = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core'}
+    called = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'yaml': 'pyyaml'}
     used = {n for path in (root/'rlhf_flant5').rglob('*.py') for n in imported(path)} - {*sys.stdlib_module_names, 'rlhf_flant5', 'trl'}
     assert not sorted(n for n in used if canonicalize_name(called.get(n, n)) not in declared)
 
