@@ -1099,7 +1099,7 @@ def main(args):
         print(f'{c.data_name}: {n_pairs}\n\n{shown}\n\nreport       {folder/"report.md"}')
     print(f'TensorBoard  tensorboard --logdir \'{args.results[0]}\'   then open the address that it prints',
           f'a model      RewardModel.from_pretrained(\'{found[0].runs[0].folder}/simulation/best_model\')'
-          '   from rlhf_flant5.score', sep='\n')
+          '   after: from rlhf_flant5 import RewardModel', sep='\n')
 
 # %% ../nbs/60_compare.ipynb #418217f9
 #| eval: false

@@ -183,7 +183,9 @@ def cost(new:list[tuple[Job, int]], # with the number of runs that each has to d
     total, epochs = 0, set()
     for job, n in new:
         loop = _config(*job.runs[0]).training.loop
-        epochs.add(f'{loop.n_batches:,} batches' if loop.n_batches else f'{loop.n_epochs:,} epochs')
+        n_each, what = (loop.n_batches, 'batch') if loop.n_batches else (loop.n_epochs, 'epoch')
+        plural = '' if n_each == 1 else 'es' if what == 'batch' else 's'
+        epochs.add(f'{n_each:,} {what}{plural}')
         total += n*(loop.n_batches*loop.train_batch_size or loop.n_epochs*(n_train or 0))
     n = sum(k for _, k in new)
     each = f'{n:,} run{"s"*(n > 1)} of {" or ".join(sorted(epochs))}'
@@ -233,7 +235,7 @@ def _say(job, result, counted, timer):
     left = timer.remaining()
     print(f'[{counted}] {job.label}: {in_words(seconds)}' + (f'; about {in_words(left)} left' if left else ''))
     if code: print(f'failed with {code}: {last}', flush=True)
-    else: print(''.join(l + '\n' for l in out.splitlines() if not l.startswith('    ')), end='', flush=True)
+    else: print(''.join(l + '\n' for l in out.splitlines() if not l.startswith(('    ', '|', 'next: '))), end='', flush=True)
 
 def _carry_out(jobs, n_jobs): # yields (job, what `_train` gives) as they end
     running = []
