@@ -581,7 +581,7 @@ def report(self:TrainingLoop):
     "Training pairs since the last report, to the trackers and the log, if due."
     last, rate = self.state.n_batches == self.n_total, self.rate(self.state.n_batches - 1)
     if self.due('progress_logging'):
-        scores, speed = show_scores(self.recent.scores()), f'{self.recent.per_second():.1f} pairs/s'
+        scores, speed = show_scores(self.recent.scores()), f'{self.recent.per_second():,.1f} pairs/s'
         self.say(f'train {scores}, rate {rate:.2g}, {speed}{self.time_left()}')
     if self.due('train_status_update') or last:
         scalars, arrays = self.recent.look()
@@ -638,7 +638,7 @@ def _interrupted(loop):
 def _show(progress, loop):
     done = loop.recent.steps[-1]
     now = score_rows(done.chosen, done.rejected)
-    speed = f'{loop.recent.per_second():.1f} pairs/s'
+    speed = f'{loop.recent.per_second():,.1f} pairs/s'
     progress(1, f'loss {now["loss"]:.3f}, accuracy {now["accuracy"]:.0%}, {speed}', loop.spoke)
 
 def _steps(loops, share, stop, progress):

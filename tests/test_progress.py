@@ -27,7 +27,7 @@ def test_first_lines(results, capsys):
     assert 'learning rate up to 0.0007 over 20 batches, then from 0.0007 to 0.0005 once an epoch, exponentially, over 3 epochs' in lines
     told = [l for l in lines if l.startswith('batch ')]
     assert told and all(re.fullmatch(r'batch \d+ of 27: (train|validation) \d+\.\d% \(.*\) of \d+(, \d+ ties?)?, loss \d\.\d{4}.*', l) for l in told)
-    assert any(re.search(r'rate 0\.0\d+, [\d.]+ pairs/s, \d+ s left$', l) for l in told)
+    assert any(re.search(r'rate 0\.0\d+, [\d,.]+ pairs/s, \d+ s left$', l) for l in told)
     spent = re.search(r'training (\d+) s of (\d+) s in all\n', out)
     assert spent and int(spent[1]) <= int(spent[2]) and s['seconds'] < s['seconds_in_all'] and not s['stopped_early']
 
