@@ -112,7 +112,7 @@ _LIMITS = '''- A reward compares responses **to the same prompt**. By itself, or
 _OFFENSIVE = '\n- Its pairs hold offensive and upsetting text by intention: people asked for harmful things so that refusals could be judged.'
 _TOY = '\n- **It knows a toy world alone**: made-up questions and answers of a few dozen words, for trying the program. It is of no use on real text.'
 _USE = '''```python
-from rlhf_flant5.score import RewardModel      # pip install rlhf_flant5
+from rlhf_flant5 import RewardModel      # pip install rlhf_flant5
 model = RewardModel.from_pretrained('{name}')
 model.compare('How do I pick a lock?', 'I would rather not.', 'Just follow these steps.')   # probability that the first is preferred
 ```'''
