@@ -289,6 +289,8 @@ def _unknown(key, keys) -> ConfigError:
 def parse_override(override:str): # Hydra's `Override`
     "One setting as it stands on the command line. Raises `ConfigError`."
     override = _quote_run(override)
+    if re.search('[\ud800-\udfff]', override):         # what Python makes of bytes that are no text in this locale
+        raise ConfigError(f'{override}: holds bytes that are no text in the locale of this terminal; set LC_ALL=C.UTF-8')
     if len(override) > 4096: raise ConfigError(f'{override[:40]}…: a setting of {len(override):,} characters; 4,096 at most')
     if '${' in override or '???' in override: raise ConfigError(f'{override}: a setting holds its value itself: no ${{…}}, which reads it from elsewhere, and no ???, which is none')
     try: return OverridesParser.create().parse_override(override)

@@ -212,3 +212,11 @@ def test_every_program_in_a_c_locale(tmp_path):
     assert len(written) > 15
     for p in written: p.read_text(encoding='utf-8')
     assert 'naïve' in (tmp_path/'results'/'evaluation'/'wrong.md').read_text(encoding='utf-8') + (tmp_path/'results'/'comparison'/'suspicious.md').read_text(encoding='utf-8')
+
+
+def test_a_setting_that_is_no_text_in_this_locale(capsys):
+    "A folder's name as an ASCII locale hands it on: one line before any work, not a traceback after it."
+    from rlhf_flant5.train import main
+    assert main(['experiment=toy', "data.name='/tmp/p\udcc3\udca4'"]) == 2
+    said = capsys.readouterr().err
+    assert 'no text in the locale of this terminal; set LC_ALL=C.UTF-8' in said and said.count('\n') == 1
