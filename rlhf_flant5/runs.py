@@ -71,7 +71,8 @@ def make_run_dir(
     except FileExistsError as e:
         stem = path.name.rpartition('-')[0]
         free = next(i for i in count(1) if not os.path.lexists(path.with_name(f'{stem}-{i}')))
-        raise ConfigError(f'{e.filename} exists already: a run has a folder of its own; change desc, or take the next free index={free}') from None
+        raise ConfigError(f'{e.filename} exists already: a run has a folder of its own; go on with one that was cut '
+                          f'short by resume=true, change desc, or take the next free index={free}') from None
     except OSError as e: raise ConfigError(f'{path} can\'t be created ({e.strerror}): RESULTS_ROOT_DIR must be writable; name another') from None
 
 # %% ../nbs/32_runs.ipynb #e71a127e

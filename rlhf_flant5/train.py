@@ -633,7 +633,7 @@ def final_lines(s:dict) -> str: # of a summary
     return f'''{s["readout"]}, seed {s["seed"]}: validation {show_scores(s["validation"])}; test {show_scores(s["test"])}; training {s["seconds"]:.0f} s{whole}{early}
     model        {s["folder"]/"simulation"/"best_model"}
     TensorBoard  tensorboard --logdir '{s["folder"]/"simulation"/"tensorboard"}'
-    closed       its files are read-only now; to remove it: rm -rf {shlex.quote(str(s["folder"]))}'''
+    closed       data, log and models are read-only now; to remove it: rm -rf {shlex.quote(str(s["folder"]))}'''
 
 def _train_group(runs, command) -> int:
     for s in train_together(runs, command):

@@ -150,6 +150,6 @@ def test_what_a_run_says_of_itself(results, capsys):
     assert train.main([*toy, 'desc=plain']) == 0
     said = capsys.readouterr()
     folder = results/'Reward-Model-Training'/'desc-plain,index-0'
-    assert 'is ignored' not in said.err and said.out.endswith(f'its files are read-only now; to remove it: rm -rf {folder}\n')
+    assert 'is ignored' not in said.err and said.out.endswith(f'data, log and models are read-only now; to remove it: rm -rf {folder}\n')
     assert train.main([*toy, 'desc=set', 'model.use_pretrained_output=True']) == 0
     assert capsys.readouterr().err.count('model.use_pretrained_output=True is ignored: the transformer is trained') == 1
