@@ -10,7 +10,7 @@ AUDIT  := pip-audit==2.10.1
 # advisories that `make audit` passes over; one line each, with the reason behind it: IGNORED += --ignore-vuln PYSEC-2026-1 # only in its server
 IGNORED :=
 
-.PHONY: help demo test export notebooks readme docs lock audit check clean
+.PHONY: help demo test record replay export notebooks readme docs lock audit check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,12 @@ demo: $(READY) ## train all five readouts on the toy world and compare them with
 test: $(READY) ## run every notebook's tests, then the programs' tests
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal
+
+record: $(READY) ## write tests/trajectories.json anew: the curves that a deliberate change of the mathematics moves
+	.venv/bin/python tests/test_trajectories.py record
+
+replay: $(READY) ## compute the recorded curves again: the same to the last bit, on the machine and with the packages that recorded them
+	EXACT=1 $(RUN) pytest -q -s tests/test_trajectories.py
 
 export: $(READY) ## clean the notebooks, then write the modules from them
 	.venv/bin/nbdev_clean
