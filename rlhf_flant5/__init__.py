@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name):
     if name != 'RewardModel': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from .score import RewardModel  # the model with all that can be asked of it
+    from .use import explain              # gives the model its method
+    from .use.scorer import RewardModel
     return RewardModel
 
 

@@ -1,5 +1,5 @@
 "`python -m rlhf_flant5`: the programs, a line each."
 import sys
-from .program import start
+from .core.program import start
 
 if __name__ == '__main__': sys.exit(start())

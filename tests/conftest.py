@@ -21,9 +21,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def model_folder(tmp_path_factory):
-    from rlhf_flant5.backbone import build_flan_t5
-    from rlhf_flant5.config import set_seed
-    from rlhf_flant5.toy import toy_tokenizer
+    from rlhf_flant5.backbone.t5 import build_flan_t5
+    from rlhf_flant5.core.machine import set_seed
+    from rlhf_flant5.data.toy import toy_tokenizer
     folder = tmp_path_factory.mktemp('flan-t5-narrow')
     set_seed(1)
     build_flan_t5('small', vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4).save_pretrained(folder)
@@ -36,7 +36,7 @@ def t5_tokenizer(tmp_path_factory):
     "A tokenizer as T5 is given away: spiece.model and tokenizer.json, padding, end and unknown token first, 100 sentinels, letters folded by NFKC, no piece for '<'."
     import sentencepiece
     from transformers import T5Tokenizer
-    from rlhf_flant5.toy import toy_pairs
+    from rlhf_flant5.data.toy import toy_pairs
     folder, model, pairs = tmp_path_factory.mktemp('t5-tokenizer'), io.BytesIO(), toy_pairs(400, seed=5)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(pairs['chosen'][:] + pairs['rejected'][:]), model_writer=model, vocab_size=300, hard_vocab_limit=False,
@@ -50,7 +50,7 @@ def t5_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def pairs_folder(tmp_path_factory):
-    from rlhf_flant5.toy import toy_pairs
+    from rlhf_flant5.data.toy import toy_pairs
     folder = tmp_path_factory.mktemp('pairs')
     for subset in ('harmless-base', 'helpful-base', 'helpful-online', 'helpful-rejection-sampled'):
         (folder/subset).mkdir()
@@ -83,8 +83,8 @@ def examples(n):
 def saved_run(results, i, right=None, seed=1, settings='', origin={}, turned=False, **changes):
     """A finished run's folder, written by hand: `right` says which of its ten pairs it has right (or more, for more pairs); `origin` goes into its provenance.
     `turned` has chosen and rejected texts exchanged in every pair, with lengths that don't show it."""
-    from rlhf_flant5.data import fingerprint
-    from rlhf_flant5.metrics import pair_scores, pair_table, write_pair_table
+    from rlhf_flant5.data.pairs import fingerprint
+    from rlhf_flant5.metrics.accuracy import pair_scores, pair_table, write_pair_table
     folder = results/'Reward-Model-Training'/f'desc-x,index-{i}'
     for name in ('data', 'results'): (folder/name).mkdir(parents=True)
     right = [True]*6 + [False]*4 if right is None else [*right]

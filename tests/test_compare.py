@@ -1,13 +1,19 @@
 "The comparison over runs whose numbers are known, and the sweep as a program."
 import gzip, json, math, os, subprocess, sys, time, warnings
+import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest
 from conftest import program, root, saved_run
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from rlhf_flant5 import compare, sweep
+from rlhf_flant5.comparison import figures
 from matplotlib.text import Text
-from rlhf_flant5.compare import all_scores, calibration_numbers, comparisons, cost_table, load_runs, pair_differences, votes
-from rlhf_flant5.runs import hold
+from rlhf_flant5.comparison.comparisons import comparisons, origin_notes
+from rlhf_flant5.comparison.figures import calibration_numbers
+from rlhf_flant5.comparison.runs import load_runs
+from rlhf_flant5.comparison.scores import all_scores, pair_differences, votes
+from rlhf_flant5.comparison.tables import cost_table
+from rlhf_flant5.training.runs import hold
 
 
 @pytest.fixture
@@ -80,7 +86,7 @@ def test_a_repeated_run_counts_once(results, capsys, few):
 @pytest.fixture
 def strict(monkeypatch):
     "Figures that warn, or in which a text leaves the canvas, fail."
-    cut, close = [], compare.plt.close
+    cut, close = [], plt.close
     def look(fig):
         fig.draw_without_rendering()
         canvas, axes = fig.bbox.padded(1), [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
@@ -91,7 +97,7 @@ def strict(monkeypatch):
                 box = t.get_window_extent()
                 if box.width and not (canvas.contains(*box.min) and canvas.contains(*box.max)): cut.append(t.get_text())
         close(fig)
-    monkeypatch.setattr(compare.plt, 'close', look)
+    monkeypatch.setattr(plt, 'close', look)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         yield cut
@@ -190,8 +196,8 @@ def test_ece_of_figure_and_table(three, results):
     for folder in (results/'Reward-Model-Training').glob('*'): change_summary(folder, temperature=.5 + int(folder.name[-1]))
     c, = comparisons(load_runs(results)[0])
     scores = all_scores(c)
-    legends = [[t.get_text() for t in ax.get_legend().get_texts()] for ax in compare.plot_calibration(c, scores).axes if ax.get_legend()]
-    compare.plt.close('all')
+    legends = [[t.get_text() for t in ax.get_legend().get_texts()] for ax in figures.plot_calibration(c, scores).axes if ax.get_legend()]
+    plt.close('all')
     assert legends == [[f'as trained: ECE {100*s["ece"]:.1f}', f'with temperature: ECE {100*s["ece_calibrated"]:.1f}'] for s in scores[:3]]
     table = [line.split('|') for line in cost_table(c, scores).splitlines()[2:5]]
     assert [f'{words}: ECE {cell.strip()}' for row in table for words, cell in zip(('as trained', 'with temperature'), row[5:7])] == sum(legends, [])
@@ -208,7 +214,7 @@ def test_other_pairs_are_no_seeds_of_one_recipe(results):
     saved_run(results, 3, seed=3)
     one, _ = comparisons(load_runs(results)[0])
     assert [len(r.runs) for r in one.models] == [1, 2] and one.models[1].changes == [f'data.train_sha256={pairs["train"][:12]}']
-    assert any('was trained on other pairs than row 1' in n for n in compare.origin_notes(one))
+    assert any('was trained on other pairs than row 1' in n for n in origin_notes(one))
 
 
 def test_a_run_without_a_record_of_its_pairs(results):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, yaml
 
 root = Path(__file__).parent.parent
-notebooks = sorted(f.relative_to(root/'nbs').as_posix() for f in (root/'nbs').glob('[!._]*.ipynb'))
+notebooks = sorted(f.relative_to(root/'nbs').as_posix() for f in (root/'nbs').rglob('[!._]*.ipynb'))
 
 
 def run(code, cwd):

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from transformers import T5Model
-from rlhf_flant5 import features
-from rlhf_flant5.backbone import Backbone
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import PairBatches, encode, pad_ids, tokenize_pairs
-from rlhf_flant5.features import keep_states
-from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
+from rlhf_flant5.training import states
+from rlhf_flant5.backbone.t5 import Backbone
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.data.batches import PairBatches, pad_ids
+from rlhf_flant5.data.pairs import encode, tokenize_pairs
+from rlhf_flant5.training.states import keep_states
+from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer, toy_transformer
 
 N, SEGMENT = 200, 16
 n_segments = -(-N//SEGMENT)
@@ -26,13 +27,13 @@ def world(n=N):
 
 def work(folder, notes, slow=0.):
     "Keep the states in a process of its own; `notes` gets what it logs and the first row of each segment that it begins."
-    torch.set_num_threads(1); features.SEGMENT, compute = SEGMENT, features.first_states
+    torch.set_num_threads(1); states.SEGMENT, compute = SEGMENT, states.first_states
     logging.basicConfig(filename=notes, level=logging.INFO, format='%(message)s')
     def noted(backbone, batches, rows, autocast):
         logging.info(f'begins {rows[0]}'); time.sleep(slow/2)
         out = compute(backbone, batches, rows, autocast); time.sleep(slow/2)
         return out
-    features.first_states = noted
+    states.first_states = noted
     backbone, batches = world()
     kept = keep_states(backbone, batches, folder)
     logging.info(f'sum {float(kept.states.astype(np.float64).sum())}')
@@ -42,7 +43,7 @@ def work(folder, notes, slow=0.):
 def spawn():
     "Start `work` in a process of its own; the modules are imported once, by the server that forks them."
     processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['rlhf_flant5.features', 'rlhf_flant5.toy'])
+    processes.set_forkserver_preload(['rlhf_flant5.training.states', 'rlhf_flant5.data.toy'])
     def start(*args):
         p = processes.Process(target=work, args=args); p.start()
         return p
@@ -52,10 +53,10 @@ def spawn():
 @pytest.fixture
 def few(monkeypatch):
     "Small segments; counts the pairs that pass through the backbone."
-    monkeypatch.setattr(features, 'SEGMENT', SEGMENT)
-    count, compute = SimpleNamespace(pairs=0), features.first_states
+    monkeypatch.setattr(states, 'SEGMENT', SEGMENT)
+    count, compute = SimpleNamespace(pairs=0), states.first_states
     def counted(backbone, batches, rows, autocast): count.pairs += len(rows); return compute(backbone, batches, rows, autocast)
-    monkeypatch.setattr(features, 'first_states', counted)
+    monkeypatch.setattr(states, 'first_states', counted)
     return count
 
 
@@ -130,7 +131,7 @@ def test_damage_is_mended(tmp_path, few, caplog, damage, again):
     backbone, batches = world()
     want = np.array(keep_states(backbone, batches, tmp_path).states)
     damage(entry(tmp_path)); few.pairs = 0; caplog.clear()
-    with caplog.at_level(logging.INFO, 'rlhf_flant5.features'): kept = keep_states(backbone, batches, tmp_path)
+    with caplog.at_level(logging.INFO, 'rlhf_flant5.training.states'): kept = keep_states(backbone, batches, tmp_path)
     assert (kept.states == want).all() and (kept.path/'states.bin').stat().st_size == kept.nbytes
     segments = -(-few.pairs//SEGMENT)
     assert segments == again if again is not None else 0 < segments <= n_segments
@@ -145,9 +146,9 @@ def read_only(monkeypatch):
         def refuse(*_, **__): raise OSError(errno.EROFS, 'Read-only file system')
         def guarded(path, mode='r', *args, **kwargs): return refuse() if {*mode} & {*'wax+'} else open(path, mode, *args, **kwargs)
         monkeypatch.setattr(os, 'access', lambda path, mode: not mode & os.W_OK)
-        monkeypatch.setattr(features, 'open', guarded, raising=False)
-        monkeypatch.setattr(features.Path, 'mkdir', refuse)
-        monkeypatch.setattr(features, 'FileLock', refuse)
+        monkeypatch.setattr(states, 'open', guarded, raising=False)
+        monkeypatch.setattr(states.Path, 'mkdir', refuse)
+        monkeypatch.setattr(states, 'FileLock', refuse)
     return read_only
 
 
@@ -155,7 +156,7 @@ def test_a_whole_entry_of_a_read_only_cache_is_used(tmp_path, few, caplog, read_
     backbone, batches = world()
     want = np.array(keep_states(backbone, batches, tmp_path).states)
     few.pairs = 0; read_only(tmp_path)
-    with caplog.at_level(logging.INFO, 'rlhf_flant5.features'): kept = keep_states(backbone, batches, tmp_path)
+    with caplog.at_level(logging.INFO, 'rlhf_flant5.training.states'): kept = keep_states(backbone, batches, tmp_path)
     assert (kept.states == want).all() and few.pairs == 0 and 'states kept: ' in caplog.text
 
 
@@ -177,7 +178,7 @@ def test_full_disk_before_any_work(tmp_path, few, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=50_000)); assert '0.0 MiB are free' in refused()
     def full(fd, start, size): os.ftruncate(fd, size//2); raise OSError(errno.ENOSPC, 'No space left on device')
-    with monkeypatch.context() as m: m.setattr(features, '_reserve', full); assert 'No space left on device' in refused()
+    with monkeypatch.context() as m: m.setattr(states, '_reserve', full); assert 'No space left on device' in refused()
     assert (entry(tmp_path)/'states.bin').stat().st_size == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try: assert 'File too large' in refused()
@@ -187,12 +188,12 @@ def test_full_disk_before_any_work(tmp_path, few, monkeypatch):
 
 def test_full_disk_in_the_middle(tmp_path, few, monkeypatch):
     "What is done stays: the next call computes the rest."
-    backbone, batches = world(); write = features.KeptStates._write
+    backbone, batches = world(); write = states.KeptStates._write
     def runs_full(self, i, *args):
         if i == 5: raise OSError(errno.ENOSPC, 'No space left on device')
         write(self, i, *args)
     with monkeypatch.context() as m:
-        m.setattr(features.KeptStates, '_write', runs_full)
+        m.setattr(states.KeptStates, '_write', runs_full)
         with pytest.raises(ConfigError, match='No space left on device.*what is done stays'): keep_states(backbone, batches, tmp_path)
     few.pairs = 0; keep_states(backbone, batches, tmp_path)
     assert few.pairs == N - 5*SEGMENT
@@ -200,8 +201,8 @@ def test_full_disk_in_the_middle(tmp_path, few, monkeypatch):
 
 def test_rest_is_estimated(tmp_path, few, monkeypatch, caplog):
     backbone, batches = world(); seconds = iter([0., 60.])
-    monkeypatch.setattr(features.time, 'monotonic', lambda: next(seconds, 99.))
-    with caplog.at_level(logging.INFO, 'rlhf_flant5.features'): keep_states(backbone, batches, tmp_path)
+    monkeypatch.setattr(states.time, 'monotonic', lambda: next(seconds, 99.))
+    with caplog.at_level(logging.INFO, 'rlhf_flant5.training.states'): keep_states(backbone, batches, tmp_path)
     first = np.sort(batches.lengths)[::-1][:SEGMENT].sum()
     assert f'about {(batches.lengths.sum() - first)/first:,.1f} minutes are left' in caplog.messages
 
@@ -210,9 +211,9 @@ def test_runs_share_the_entries(results, monkeypatch):
     "Three readouts with three seeds: the first run computes, the others find; the encoder's readout is saved without the decoder it borrowed."
     from rlhf_flant5.models.base import RewardModel
     from rlhf_flant5.train import train
-    monkeypatch.setenv('RLHF_FLANT5_CACHE', str(results/'cache')); few = SimpleNamespace(pairs=0); compute = features.first_states
+    monkeypatch.setenv('RLHF_FLANT5_CACHE', str(results/'cache')); few = SimpleNamespace(pairs=0); compute = states.first_states
     def counted(backbone, batches, rows, autocast): few.pairs += len(rows); return compute(backbone, batches, rows, autocast)
-    monkeypatch.setattr(features, 'first_states', counted); seen = []
+    monkeypatch.setattr(states, 'first_states', counted); seen = []
     for seed, model in enumerate(('attention_pooled_encoder', 'attention_pooled_decoder', 'decoder_output')):
         s = train(['experiment=toy', f'model={model}', f'seed={seed}', 'model.train_transformer=False', 'data.n_train_data=96', 'data.n_test_data=40', 'training.loop.n_val_data=40',
                    'training.loop.n_epochs=1', 'desc=share', f'index={seed}', 'device_name=cpu', 'sim_man.allow_untracked=true'])

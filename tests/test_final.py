@@ -4,13 +4,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from conftest import summary_of
-from rlhf_flant5.backbone import Backbone
-from rlhf_flant5.config import choices, load_config
-from rlhf_flant5.metrics import fit_temperature, margins, read_pair_table, write_pair_table
+from rlhf_flant5.backbone.t5 import Backbone
+from rlhf_flant5.config.compose import load_config
+from rlhf_flant5.config.names import choices
+from rlhf_flant5.metrics.accuracy import margins, read_pair_table, write_pair_table
+from rlhf_flant5.metrics.calibration import fit_temperature
 from rlhf_flant5.models.base import readout_class
-from rlhf_flant5.runs import find_runs
-from rlhf_flant5.score import RewardModel
-from rlhf_flant5.train import build_model, compile_if_it_pays, main
+from rlhf_flant5.training.runs import find_runs
+from rlhf_flant5.models.base import RewardModel
+from rlhf_flant5.train import main
+from rlhf_flant5.training.budget import compile_if_it_pays
+from rlhf_flant5.training.build import build_model
 
 CACHEABLE = [m for m in choices('model') if readout_class(m).cacheable]
 
@@ -89,7 +93,7 @@ def test_compiled_blocks(train, monkeypatch):
         for block in self.transformer.encoder.block: block.layer[-1].compile(backend=recording, dynamic=True)
     monkeypatch.setattr(Backbone, 'compile_blocks', compile_blocks)
     at_the_end = []
-    monkeypatch.setattr('rlhf_flant5.train.write_pair_table', lambda table, path: at_the_end.append(len(passes)) or write_pair_table(table, path))
+    monkeypatch.setattr('rlhf_flant5.training.scores.write_pair_table', lambda table, path: at_the_end.append(len(passes)) or write_pair_table(table, path))
     [run] = train('bf16', 'model=attention_pooled_encoder', 'training.compile=true')
     assert at_the_end[0] > 6 and at_the_end[0] == at_the_end[1] == len(passes)     # validation's table comes first
     check(run, 'bf16')
@@ -102,7 +106,7 @@ def test_auto_compiles_where_the_saving_is_known(monkeypatch, device, precision,
     model = build_model(cfg.model, 1)
     compiled = []
     monkeypatch.setattr(Backbone, 'compile_blocks', lambda self: compiled.append(self))
-    monkeypatch.setattr('rlhf_flant5.train.matmul_rate', lambda *_: 1.)           # so slow that whatever saves time pays
+    monkeypatch.setattr('rlhf_flant5.training.budget.matmul_rate', lambda *_: 1.)           # so slow that whatever saves time pays
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision={'fp32': 'no'}.get(precision, precision))
     train = SimpleNamespace(n_steps=10, tokens=np.full(100, 50))
     assert compile_if_it_pays(cfg, model, train, accelerator) is pays and len(compiled) == pays

@@ -9,11 +9,21 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from conftest import examples, program
-from rlhf_flant5 import config, data
-from rlhf_flant5.config import RULES, ConfigError, best_device, choices, load_config
-from rlhf_flant5.data import MAX_LINE, data_file, encode, load_tokenizer, prepare_splits, read_pairs, read_rows, resolve_folder, tokenize_pairs
-from rlhf_flant5.toy import toy_tokenizer
-from rlhf_flant5.train import load_data, main
+from rlhf_flant5.config import compose, names, schema
+from rlhf_flant5.core import files, hub
+from rlhf_flant5.data import pairs
+from rlhf_flant5.config.compose import load_config
+from rlhf_flant5.config.names import choices
+from rlhf_flant5.config.schema import RULES
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.core.machine import best_device
+from rlhf_flant5.core.files import MAX_LINE
+from rlhf_flant5.core.hub import resolve_folder
+from rlhf_flant5.data.pairs import data_file, encode, load_tokenizer, prepare_splits, read_pairs, read_rows
+from rlhf_flant5.data.pairs import tokenize_pairs
+from rlhf_flant5.data.toy import toy_tokenizer
+from rlhf_flant5.train import main
+from rlhf_flant5.training.build import load_data
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +216,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
     "No right to read, tried as a refused `open`, since the rights of files do not bind root."
     (tmp_path/'s').mkdir(); (tmp_path/'s'/'train.jsonl').write_bytes(whole)
     def refuse(path, *_, **__): raise PermissionError(13, 'Permission denied', str(path))
-    monkeypatch.setattr(data, 'open', refuse, raising=False)
+    monkeypatch.setattr(files, 'open', refuse, raising=False)
     for call in (lambda: [*read_rows(tmp_path/'s'/'train.jsonl')], lambda: read_pairs(tmp_path, ['s'], 'train', defaultdict(Counter))):
         with pytest.raises(ConfigError) as e: call()
         one_line(e.value, 's/train.jsonl: cannot be read (Permission denied)')
@@ -328,7 +338,7 @@ def test_100_000_tokens(tokenizers, too_long):
 
 # settings
 
-every_key = sorted({k for m in choices('model') for k in config._keys_with((f'model={m}',))})
+every_key = sorted({k for m in choices('model') for k in compose._keys_with((f'model={m}',))})
 misspelt = st.builds(lambda k, i, c: k[:i % len(k)] + c + k[i % len(k) + 1:], st.sampled_from(every_key), st.integers(0, 99), st.sampled_from(['', 'x', '.', '..', ' ', '@', ':', '/', '\0', 'é', '[0]', '=']))
 key = st.one_of(st.sampled_from(every_key), st.sampled_from(every_key), misspelt, st.builds('{}{}'.format, st.sampled_from(['+', '~', '++', '.', 'hydra.']), st.sampled_from(every_key)),
                 st.sampled_from(['model', 'experiment', 'model@data', 'experiment@_global_', '', 'hydra/launcher', 'defaults', 'seed@x']), st.text(max_size=8))
@@ -355,10 +365,10 @@ def check_settings(overrides):
     try: cfg = load_config(overrides)
     except ConfigError as e: return one_line(e)
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert typed(tree, config.Config), tree
-    model = next(k for k in (config.FullPooledModelConfig, config.PooledModelConfig, config.ModelConfig) if {f.name for f in dataclasses.fields(k)} == {*tree['model']})
+    assert typed(tree, schema.Config), tree
+    model = next(k for k in (schema.FullPooledModelConfig, schema.PooledModelConfig, schema.ModelConfig) if {f.name for f in dataclasses.fields(k)} == {*tree['model']})
     assert typed(tree['model'], model), tree
-    for k in config._keys(cfg):
+    for k in names._keys(cfg):
         v = OmegaConf.select(cfg, k)
         for pattern, (ok, _) in RULES.items(): assert not re.fullmatch(pattern, k) or ok(v), (k, v)
         if isinstance(v, int): assert -2**32 < v < 2**32
@@ -382,7 +392,7 @@ def test_settings(overrides, groups):
 @example(['data.subdirs=[${oc.env:HOME}]'])
 def test_names_of_settings(overrides):
     "The part before Hydra composes is quick, so it is tried more often."
-    try: config._check_names(overrides)
+    try: compose._check_names(overrides)
     except ConfigError as e: one_line(e)
     else: assert all(re.fullmatch(r'[\w.]+=.*', o, re.S) and '${' not in o for o in overrides)
 
@@ -417,7 +427,7 @@ def test_program_as_a_process(results):
 @examples(100)
 @given(st.one_of(st.text(max_size=12), st.sampled_from(['', '.', '..', '~', '~x', '~/..', '/', '*', 'a/b/c', 'a--b', 'hf://a/b', 'https://a/b']), st.builds(lambda t, n: t*n, st.sampled_from(['x', 'a/', '../', '~', 'é']), st.integers(1, 5000))))
 def test_names_of_folders_and_devices(monkeypatch, name):
-    monkeypatch.setattr(data, '_from_hub', lambda name, key, *_: (_ for _ in ()).throw(ConfigError(f'{key}={name}: not asked')))
+    monkeypatch.setattr(hub, '_from_hub', lambda name, key, *_: (_ for _ in ()).throw(ConfigError(f'{key}={name}: not asked')))
     assume('\0' not in name and name)     # refused by the settings
     with pytest.raises(ConfigError) as e: resolve_folder(name, 'data.name', ['no-such-file'], ['no-such-file'], 'dataset')
     one_line(e.value, 'data.name=')

@@ -1,7 +1,8 @@
 "More epochs for a run that is done, and a run that begins with the weights of another."
 import json
 import pytest
-from rlhf_flant5.config import ConfigError, load_config, with_file
+from rlhf_flant5.config.compose import load_config, with_file
+from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.train import main, train
 
 longer = ['experiment=toy', 'device_name=cpu', 'sim_man.allow_untracked=true', 'data.n_train_data=48', 'data.n_test_data=20', 'training.loop.n_val_data=40', 'training.precision=fp32',

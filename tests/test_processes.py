@@ -4,18 +4,19 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest, torch
-from rlhf_flant5 import features, loop, train
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.processes import launch, rank
-from rlhf_flant5.runs import Run, find_runs
-from rlhf_flant5.score import RewardModel
+from rlhf_flant5 import train
+from rlhf_flant5.training import loop, origin, states
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.core.processes import launch, rank
+from rlhf_flant5.training.runs import Run, find_runs
+from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.train import main
 from conftest import program
 from test_survive import where
 
 
 def at_work(argv, env, change=None):
-    torch.set_num_threads(1); features.SEGMENT = 16; os.environ.update(env)
+    torch.set_num_threads(1); states.SEGMENT = 16; os.environ.update(env)
     if change: change()
     return main(argv)
 
@@ -76,7 +77,8 @@ def test_same_training(tmp_path, run, settings, alone, n, strategy):
     r = find_runs(tmp_path/'results'); assert len(r) == 1 and len([*(r[0]/'simulation'/'tensorboard').iterdir()]) == 1 and sorted(p.name for p in (r[0]/'simulation'/'checkpoints').iterdir()) == ['batch-0000004', 'batch-0000008']
     assert said.count('\ntest: ') == 1 and len(re.findall('^run .*many,index-0$', said, re.M)) == 1 and 'Warning' not in said
     model = RewardModel.from_pretrained(r[0]/'simulation'/'best_model')            # in one process
-    from rlhf_flant5.data import encode, pad_ids, read_rows
+    from rlhf_flant5.data.batches import pad_ids
+    from rlhf_flant5.data.pairs import encode, read_rows
     pairs = find_pairs(settings); texts = [pairs[i][side] for i in (0, 7) for side in ('chosen', 'rejected')]
     assert np.allclose(model(**pad_ids(encode(model.tokenizer, texts), 0)).tolist(), rewards(tmp_path)[[0, 7]].flatten(), atol=1e-5)
 
@@ -93,7 +95,7 @@ def test_rewards_of_the_saved_model(tmp_path, run, settings, strategy):
 
 
 def find_pairs(settings):
-    from rlhf_flant5.data import read_rows
+    from rlhf_flant5.data.pairs import read_rows
     folder = Path(next(s for s in settings if s.startswith('data.name=')).removeprefix('data.name='))
     return [row for _, row in read_rows(folder/'helpful-base'/'test.jsonl.gz')]
 
@@ -216,7 +218,7 @@ def test_half_a_group_is_refused(tmp_path, monkeypatch, capsys, settings, named,
 def test_other_threads_are_told(caplog, began, warns):
     noted = {}
     was = dict(n_threads=began) if began else {}
-    train.note_machine(SimpleNamespace(provenance=was, note=lambda **kw: noted.update(kw)), torch.device('cpu'))
+    origin.note_machine(SimpleNamespace(provenance=was, note=lambda **kw: noted.update(kw)), torch.device('cpu'))
     assert noted == dict(device='cpu', n_processes=1, n_threads=torch.get_num_threads())
     assert (f'begun with {began} threads' in caplog.text) == warns
 
@@ -229,11 +231,11 @@ def test_a_mistake_is_told_once(tmp_path, run, settings):
 
 
 def counts_states():
-    compute = features.first_states
+    compute = states.first_states
     def counted(backbone, batches, rows, autocast):
         with open(Path(os.environ['RLHF_FLANT5_CACHE'])/f'rows-{rank()}', 'a') as f: f.write(f'{len(batches)} {" ".join(map(str, rows))}\n')
         return compute(backbone, batches, rows, autocast)
-    features.first_states = counted
+    states.first_states = counted
 
 
 def test_states_are_computed_together(tmp_path, run, settings):

@@ -2,7 +2,8 @@
 import json, os, re, signal, subprocess, sys, time
 import pytest
 from omegaconf import OmegaConf
-from rlhf_flant5 import config, program as programs
+from rlhf_flant5.config import compose, names, schema
+from rlhf_flant5.core import files, program as programs
 from conftest import program, root, saved_run
 
 WATCH = '''
@@ -35,9 +36,9 @@ def test_help_needs_no_torch(watched, name):
     ('train -m model=decoder_output,layerwise_attention lr=3', 'here it is training.optimizer.init_lr'),
     ('train experiment=toy training.loop.n_epochs=0', 'must be at least 1'),
     ('sweep --seads 3', 'did you mean --seeds?'),
-    ('data check data.nam=x', "did you mean 'data.name'?"),
+    ('doctor data.nam=x', "did you mean 'data.name'?"),
     ('evaluate x', 'the following arguments are required: pairs'),
-    ('share pusch a b', 'invalid choice')])
+    ('publish pusch a b', 'invalid choice')])
 def test_mistakes_need_no_torch(watched, args, says):
     name, *rest = args.split()
     done = watched(f'rlhf_flant5.{name}', *rest, MUST_NOT='torch')
@@ -48,7 +49,7 @@ def test_mistakes_need_no_torch(watched, args, says):
 def test_version_settings_and_the_list(watched):
     for args, says in (['rlhf_flant5.score', '--version'], 'rlhf_flant5 0.1'), (['rlhf_flant5'], '  sweep        Train readouts'), \
                       (['rlhf_flant5', 'train', '--help-settings'], 'model.cross_layer_pooling_output_dim=256'), \
-                      (['rlhf_flant5', 'data', 'check', '--cfg', 'seed=7'], 'seed: 7 '):
+                      (['rlhf_flant5', 'doctor', '--cfg', 'seed=7'], 'seed: 7 '):
         done = watched(*args, MUST_NOT='torch')
         assert (done.returncode, done.stderr) == (0, '') and says in done.stdout and 'imported torch' not in done.stdout, done.stdout
     done = watched('rlhf_flant5', 'trian')
@@ -65,7 +66,7 @@ def test_importing_the_package_is_light():
     code = '''if True:
         import rlhf_flant5, sys, signal
         assert 'torch' not in sys.modules and 'RewardModel' in dir(rlhf_flant5)
-        import rlhf_flant5.program, rlhf_flant5.config
+        import rlhf_flant5.core.program, rlhf_flant5.config.compose
         assert not {'torch', 'matplotlib', 'accelerate'} & sys.modules.keys()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         from rlhf_flant5 import RewardModel
@@ -87,9 +88,9 @@ def test_a_killed_process_is_a_failure(command, results, tmp_path, monkeypatch):
 
 
 def test_what_each_end_means(capsys):
-    @programs.program(lambda: programs.new_parser('share'), failures=(ArithmeticError,), go_on='again', remedy='make room')
+    @programs.program(lambda: programs.new_parser('publish'), failures=(ArithmeticError,), go_on='again', remedy='make room')
     def main(args): raise what
-    for what, code, says in ((config.ConfigError('x'), 2, 'error: x'), (FileNotFoundError(2, 'No such file', 'a\x1b'), 2, r'error: a\x1b: No such file'), (OSError(28, 'full', 'a'), 1, 'failed: a: full; make room'),
+    for what, code, says in ((files.ConfigError('x'), 2, 'error: x'), (FileNotFoundError(2, 'No such file', 'a\x1b'), 2, r'error: a\x1b: No such file'), (OSError(28, 'full', 'a'), 1, 'failed: a: full; make room'),
                              (ZeroDivisionError('d'), 1, 'failed: d'), (KeyboardInterrupt('SIGTERM'), 75, 'interrupted (SIGTERM); again'), (KeyboardInterrupt(), 75, 'interrupted (SIGINT); again')):
         assert main([]) == code and capsys.readouterr().err == says + '\n'
     what = RuntimeError('a mistake of ours')
@@ -105,11 +106,11 @@ save_steps eval_steps model.name hydra.run.dir lora_r data.path'''.split()
 
 
 def test_every_foreign_name_is_answered_with_a_key_that_is_there():
-    keys = set(config._keys_with(()))
+    keys = set(compose._keys_with(()))
     keys |= {'training.optimizer.schedule', 'training.optimizer.warmup'}
-    for name, answer in config._foreign.items(): assert ' ' in answer or answer in keys, (name, answer)
-    for names in config.FOREIGN: assert names == names.lower()
-    missing = [w for w in WORDS if not {w, w.rpartition('.')[2]} & config._foreign.keys()]
+    for name, answer in names._foreign.items(): assert ' ' in answer or answer in keys, (name, answer)
+    for foreign in names.FOREIGN: assert foreign == foreign.lower()
+    missing = [w for w in WORDS if not {w, w.rpartition('.')[2]} & names._foreign.keys()]
     assert not missing
 
 
@@ -120,18 +121,18 @@ def test_every_foreign_name_is_answered_with_a_key_that_is_there():
     ('per_device_train_batch_size', 'here it is training.loop.train_batch_size'), ('fp16', 'overflows'), ('training.loop.n_epoch', "did you mean 'training.loop.n_epochs'"),
     ('n_epochs', "did you mean 'training.loop.n_epochs'"), ('zebra', '--help-settings')])
 def test_unknown_settings(typed, says):
-    with pytest.raises(config.ConfigError) as e: config.load_config([f'{typed}=1'])
+    with pytest.raises(files.ConfigError) as e: compose.load_config([f'{typed}=1'])
     assert str(e.value).startswith(f"unknown setting '{typed}'; ") and says in str(e.value)
 
 
 def test_the_recipe_of_hh():
-    cfg = config.load_config(['experiment=hh', 'index=1'])
+    cfg = compose.load_config(['experiment=hh', 'index=1'])
     assert (cfg.desc, cfg.data.name, cfg.training.loop.train_batch_size, cfg.training.loop.n_epochs) == ('hh', 'Anthropic/hh-rlhf', 96, 6)
 
 
 def test_every_setting_has_a_meaning():
-    assert 'training.loop.n_epochs=10 ' in config.settings_help() and len(config.meanings()) > 60
-    assert set(config._defaults(config.choices('model'))) <= config.meanings().keys()
+    assert 'training.loop.n_epochs=10 ' in compose.settings_help() and len(schema.meanings()) > 60
+    assert set(compose._defaults(names.choices('model'))) <= schema.meanings().keys()
 
 
 # files of settings
@@ -151,8 +152,8 @@ def test_a_file_of_settings_is_refused_in_one_line(tmp_path, text, says, capsys)
 @pytest.mark.parametrize('value', ['a b', "it's", 'x\\', "\\'", 'a,b', '[x]', 'ü=ö', '{', '', ' ', 'null', '3', 'true', '1e3', "\\\\''\\"])
 def test_texts_of_a_file_arrive_as_they_are(tmp_path, value):
     (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create({'data': {'name': value}})), encoding='utf-8')
-    o, = config.with_file(tmp_path/'my.yaml', [])
-    assert config.parse_override(o).value() == value
+    o, = compose.with_file(tmp_path/'my.yaml', [])
+    assert compose.parse_override(o).value() == value
 
 
 def test_aliases_of_a_foreign_run_are_not_followed(results, capsys):
@@ -177,18 +178,18 @@ run = here/'Reward-Model-Training'/'desc-c,index-0'
 model = str(run/'simulation'/'best_model')
 tiny = ['experiment=toy', 'sim_man.allow_untracked=true', 'device_name=cpu', 'training.loop.n_batches=2', 'data.n_train_data=64', 'training.loop.train_batch_size=16']
 commands = dict(
-    data=['check', f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy', '--json', str(here/'check.json')],
+    doctor=[f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy', '--json', str(here/'check.json')],
     train=[*tiny, f"data.name='{pairs}'", 'data.subdirs=[s]', 'desc=c'],
     sweep=['--seeds', '1', '--readouts', 'decoder_output', '--transformer', 'frozen', '--dry-run', *tiny],
     evaluate=[model, pairs + '/s/test.jsonl', '--out', str(here/'evaluation'), '--device', 'cpu'],
     score=[model, pairs + '/s/rows.jsonl', '--device', 'cpu'],
-    share=['card', str(run)],
-    compare=[str(here)], distributed=['plan', '--sizes', 'small', '--gpus', '1'])
+    publish=['card', str(run)],
+    compare=[str(here)], scaling=['plan', '--sizes', 'small', '--gpus', '1'])
 codes = {}
-for name, argv in commands.items(): codes[name] = importlib.import_module('rlhf_flant5.explore' if name == 'data' else f'rlhf_flant5.{name}').main(argv)
+for name, argv in commands.items(): codes[name] = importlib.import_module(f'rlhf_flant5.{name}').main(argv)
 print('ü – 例')
-from rlhf_flant5 import program
-for name in program.PROGRAMS: getattr(program, f'{name}_parser')().print_help()
+from rlhf_flant5.core import program
+for name in program.PROGRAMS: getattr(importlib.import_module(f'rlhf_flant5.{name}'), f'{name}_parser')().print_help()
 Path(here/'codes.json').write_text(json.dumps(codes))
 '''
 
@@ -196,7 +197,7 @@ Path(here/'codes.json').write_text(json.dumps(codes))
 def test_every_program_in_a_c_locale(tmp_path):
     folder = tmp_path/'pairs'/'s'
     folder.mkdir(parents=True)
-    from rlhf_flant5.toy import toy_pairs
+    from rlhf_flant5.data.toy import toy_pairs
     for split, n in (('train', 80), ('test', 20)):
         rows = [json.dumps(dict(chosen=r['chosen'] + ' naïve – ü', rejected=r['rejected'] + ' 例'), ensure_ascii=False) for r in toy_pairs(n, seed=5, split=split)]
         (folder/f'{split}.jsonl').write_text('\n'.join(rows) + '\n', encoding='utf-8')

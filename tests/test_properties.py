@@ -7,11 +7,14 @@ import pytest, torch
 from datasets import Dataset
 from hypothesis import assume, given, strategies as st
 from conftest import examples
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import PairBatches, cut_by_budget, deal, draw, epoch_order, first_human_turn, split_validation
-from rlhf_flant5.loop import is_due, learning_rate, n_due, n_warmup
-from rlhf_flant5.metrics import calibration_error, pair_scores, score_rows, wilson
-from rlhf_flant5.pooling import AttentionPooling, GeGLU, RewardHead, WeightedPooling
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.data.batches import PairBatches, cut_by_budget, deal, epoch_order
+from rlhf_flant5.data.pairs import draw, first_human_turn, split_validation
+from rlhf_flant5.training.schedule import learning_rate, n_warmup
+from rlhf_flant5.training.step import is_due, n_due
+from rlhf_flant5.metrics.accuracy import pair_scores, score_rows, wilson
+from rlhf_flant5.metrics.calibration import calibration_error
+from rlhf_flant5.models.pooling import AttentionPooling, GeGLU, RewardHead, WeightedPooling
 
 seeds = st.integers(0, 2**32 - 1)
 

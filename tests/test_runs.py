@@ -1,11 +1,12 @@
-"`rlhf_flant5.runs` where a cell can't go: hostile git settings, other installations, kills, and names at random."
+"`rlhf_flant5.training.runs` where a cell can't go: hostile git settings, other installations, kills, and names at random."
 import json, logging, os, resource, shutil, signal, stat, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
-from rlhf_flant5 import runs
-from rlhf_flant5.config import ConfigError
+from rlhf_flant5.core import files
+from rlhf_flant5.training import provenance, runs
+from rlhf_flant5.core.files import ConfigError
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def repo(tmp_path):
     (package/'weights.bin').write_bytes(bytes(range(256)))
     (package/'a naïve "name".py').write_text('old\n')
     for args in 'init -q -b main', 'add .', '-c user.name=a -c user.email=a@b.c -c commit.gpgsign=false commit -qm first':
-        runs.git(package.parent, *args.split())
+        provenance.git(package.parent, *args.split())
     return package.parent
 
 
@@ -39,15 +40,15 @@ def test_diff_survives_user_settings(repo, tmp_path, monkeypatch):
     (package/'__init__.py').chmod(0o755)
     (package/'weights.bin').write_bytes(bytes(range(255, -1, -1)))
     (package/'a naïve "name".py').unlink()
-    source, diff = runs.read_source(package)
+    source, diff = provenance.read_source(package)
     assert source['dirty'] and len(source['commit']) == 40
     (package/'untracked.py').touch()
-    with pytest.raises(ConfigError, match='package/untracked.py'): runs.read_source(package)
+    with pytest.raises(ConfigError, match='package/untracked.py'): provenance.read_source(package)
     (package/'untracked.py').unlink()
 
-    runs.git(repo, 'reset', '-q', '--hard')
+    provenance.git(repo, 'reset', '-q', '--hard')
     (tmp_path/'changes.diff').write_bytes(diff)
-    runs.git(repo, 'apply', str(tmp_path/'changes.diff'))
+    provenance.git(repo, 'apply', str(tmp_path/'changes.diff'))
     assert (package/'__init__.py').read_text() == 'answer = 43\n' and (package/'__init__.py').stat().st_mode & stat.S_IXUSR
     assert (package/'weights.bin').read_bytes() == bytes(range(255, -1, -1))
     assert not (package/'a naïve "name".py').exists()
@@ -56,21 +57,21 @@ def test_diff_survives_user_settings(repo, tmp_path, monkeypatch):
 def test_another_owner_is_an_error(repo, monkeypatch):
     "Git refuses a folder of another owner: the guard must not take that for `no repository`"
     monkeypatch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')
-    with pytest.raises(ConfigError, match='dubious ownership') as e: runs.find_checkout(repo/'package')
+    with pytest.raises(ConfigError, match='dubious ownership') as e: provenance.find_checkout(repo/'package')
     assert '\n' not in str(e.value)
 
 
 def test_no_git_no_commit_detached(repo, tmp_path, monkeypatch):
-    runs.git(repo, 'checkout', '-q', '--detach')
-    assert runs.read_source(repo/'package')[0]['branch'] is None
+    provenance.git(repo, 'checkout', '-q', '--detach')
+    assert provenance.read_source(repo/'package')[0]['branch'] is None
     fresh = tmp_path/'fresh'/'package'
     fresh.mkdir(parents=True)
     (fresh/'__init__.py').touch()
-    runs.git(fresh, 'init', '-q', '..')
-    runs.git(fresh, 'add', '.')
-    with pytest.raises(ConfigError, match='not have any commits yet'): runs.read_source(fresh)
+    provenance.git(fresh, 'init', '-q', '..')
+    provenance.git(fresh, 'add', '.')
+    with pytest.raises(ConfigError, match='not have any commits yet'): provenance.read_source(fresh)
     monkeypatch.setenv('PATH', str(tmp_path))
-    source, diff = runs.read_source(repo/'package')
+    source, diff = provenance.read_source(repo/'package')
     assert source['commit'] is None and source['version'] and diff == b''
 
 
@@ -98,7 +99,7 @@ def test_kill_leaves_whole_files(root, tmp_path):
     "A run killed while it rewrites its record leaves a whole record that says `running`"
     (tmp_path/'package').mkdir()
     (tmp_path/'package'/'__init__.py').touch()
-    code = (f"from rlhf_flant5.runs import *\nwith open_run('kill', 1, '', [], root={str(root)!r}, package_dir={str(tmp_path/'package')!r}) as run:\n"
+    code = (f"from rlhf_flant5.training.runs import *\nwith open_run('kill', 1, '', [], root={str(root)!r}, package_dir={str(tmp_path/'package')!r}) as run:\n"
             "    i = 0\n    while True: run.note(i=i, filler='x'*100_000); i += 1")
     job = subprocess.Popen([sys.executable, '-c', code])
     record = root/'Reward-Model-Training'/'desc-kill,index-1'/'data'/'provenance.json'
@@ -171,8 +172,8 @@ def test_a_log_that_cannot_grow(root, tmp_path, capfd):
     start = lambda: runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path, resume=True)
     run = start()
     with pytest.raises(OSError, match='File too large.*train.log'), full_disk():
-        with run: logging.getLogger('rlhf_flant5.loop').info('step 1')
-    with start() as run: logging.getLogger('rlhf_flant5.loop').info('step 2')
+        with run: logging.getLogger('rlhf_flant5.training.loop').info('step 1')
+    with start() as run: logging.getLogger('rlhf_flant5.training.loop').info('step 2')
     assert run.resumed and run.provenance['status'] == 'done' and 'step 2' in (run.logs/'train.log').read_text()
     assert capfd.readouterr().err == ''
 
@@ -181,10 +182,10 @@ def test_whose_words_the_log_keeps(root, tmp_path):
     "This package's lines and the warnings of other libraries"
     (tmp_path/'__init__.py').touch()
     with runs.open_run('words', 1, '', [], root=root, package_dir=tmp_path) as run:
-        for name in 'rlhf_flant5.loop', 'httpx', 'rlhf_flant5_other':
+        for name in 'rlhf_flant5.training.loop', 'httpx', 'rlhf_flant5_other':
             logging.getLogger(name).info('info'); logging.getLogger(name).warning('warning')
     said = [line.split(' ', 2)[2] for line in (run.logs/'train.log').read_text().splitlines()]
-    assert said == ['INFO rlhf_flant5.loop: info', 'WARNING rlhf_flant5.loop: warning', 'WARNING httpx: warning', 'WARNING rlhf_flant5_other: warning']
+    assert said == ['INFO rlhf_flant5.training.loop: info', 'WARNING rlhf_flant5.training.loop: warning', 'WARNING httpx: warning', 'WARNING rlhf_flant5_other: warning']
 
 
 def test_log_is_removed_when_the_record_fails(root, tmp_path, monkeypatch):
@@ -195,6 +196,6 @@ def test_log_is_removed_when_the_record_fails(root, tmp_path, monkeypatch):
     before = logging.getLogger().handlers[:], ours.level
     def full(*args): raise OSError(28, 'No space left on device')
     with pytest.raises(OSError, match='No space left'):
-        with run: monkeypatch.setattr(runs, 'write_file', full)
+        with run: monkeypatch.setattr(files, 'write_file', full)
     assert (logging.getLogger().handlers, ours.level) == before
     assert not (run.data/'config.yaml').stat().st_mode & 0o222

@@ -3,12 +3,13 @@ import os, signal, stat
 import pytest, torch
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
-from rlhf_flant5.backbone import Backbone
-from rlhf_flant5.loop import History, save_weights
+from rlhf_flant5.backbone.t5 import Backbone
+from rlhf_flant5.training.checkpoint import save_weights
+from rlhf_flant5.training.trackers import History
 from rlhf_flant5.models.attention_pooled_encoder import RewardFromAttentionPooledEncoder
-from rlhf_flant5.runs import remove_leftovers
-from rlhf_flant5.share import export_backbone
-from rlhf_flant5.toy import toy_tokenizer, toy_transformer
+from rlhf_flant5.core.files import remove_leftovers
+from rlhf_flant5.use.elsewhere import export_backbone
+from rlhf_flant5.data.toy import toy_tokenizer, toy_transformer
 from test_runs import full_disk
 
 

@@ -6,13 +6,18 @@ import pandas as pd
 import pytest
 import torch
 from conftest import root
-from rlhf_flant5.backbone import Backbone
-from rlhf_flant5.config import ConfigError, best_device, choices, set_seed
-from rlhf_flant5.data import load_tokenizer
+from rlhf_flant5.backbone.t5 import Backbone
+from rlhf_flant5.config.names import choices
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.core.machine import best_device, set_seed
+from rlhf_flant5.data.pairs import load_tokenizer
 from rlhf_flant5.models.base import readout_class
-from rlhf_flant5.score import RewardModel, dialogue, main, numbered_lines, score_lines, text_of, windows
-from rlhf_flant5.share import export_backbone
-from rlhf_flant5.toy import toy_pairs, toy_tokenizer, toy_transformer
+from rlhf_flant5.data.dialogue import dialogue
+from rlhf_flant5 import RewardModel
+from rlhf_flant5.score import main
+from rlhf_flant5.use.stream import numbered_lines, score_lines, text_of, windows
+from rlhf_flant5.use.elsewhere import export_backbone
+from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer, toy_transformer
 from transformers import T5EncoderModel, T5Model
 
 

@@ -5,16 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 from conftest import root, saved_run, short
-from rlhf_flant5 import compare, features
-from rlhf_flant5.backbone import Backbone, load_flan_t5
-from rlhf_flant5.compare import comparisons, load_runs, write_report
-from rlhf_flant5.config import ConfigError, load_config
-from rlhf_flant5.data import PairBatches, encode, load_tokenizer, pad_ids, read_pairs
-from rlhf_flant5.features import keep_states
+from rlhf_flant5 import compare
+from rlhf_flant5.backbone.t5 import Backbone, load_flan_t5
+from rlhf_flant5.compare import write_report
+from rlhf_flant5.comparison.comparisons import comparisons
+from rlhf_flant5.comparison.runs import load_runs
+from rlhf_flant5.config.compose import load_config
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.data.batches import PairBatches, pad_ids
+from rlhf_flant5.data.pairs import encode, load_tokenizer, read_pairs
+from rlhf_flant5.training.states import keep_states
 from rlhf_flant5.models.attention_pooled_encoder import RewardFromAttentionPooledEncoder
 from rlhf_flant5.models.base import RewardModel
-from rlhf_flant5.toy import toy_tokenizer, toy_transformer
-from rlhf_flant5.train import model_class
+from rlhf_flant5.data.toy import toy_tokenizer, toy_transformer
+from rlhf_flant5.training.build import model_class
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Model
 
@@ -223,7 +227,7 @@ def test_tokenizer_of_another_model(saved, model_folder):
 
 ABSURD = '''
 import json, os, resource, sys; from pathlib import Path
-from rlhf_flant5.backbone import load_flan_t5; from rlhf_flant5.data import load_tokenizer; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.config import ConfigError
+from rlhf_flant5.backbone.t5 import load_flan_t5; from rlhf_flant5.data.pairs import load_tokenizer; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.core.files import ConfigError
 model, saved = map(Path, sys.argv[1:]); load_flan_t5(str(model)); RewardModel.from_pretrained(saved)
 taken = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize(); resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30,)*2); start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def attempt(path, content, load):
@@ -412,7 +416,7 @@ def test_names_are_shown_as_they_are(results, capsys):
 
 @pytest.mark.parametrize('desc', ['../x', '..', '.hidden', 'a/b', '/etc', 'a\nb', '-rf', '~', '$HOME', 'x'*101])
 def test_a_run_stays_below_its_root(results, desc):
-    from rlhf_flant5.runs import run_dir
+    from rlhf_flant5.training.runs import run_dir
     refused(lambda: run_dir(desc, 0)); refused(lambda: run_dir('x', desc))
     (results/'out').mkdir(); (results/'in').mkdir(); (results/'in'/'Reward-Model-Training').symlink_to(results/'out'); refused(lambda: run_dir('x', 0, results/'in'), 'leads out')
 
@@ -469,7 +473,7 @@ def watched(code, *args, **env):
 def test_nothing_phones_home(results, model_folder, pairs_folder):
     "Local folders: training, frozen and not, loading, scoring and comparing ask the network for nothing. Names of the hub: only the hub is asked."
     code = '''
-from rlhf_flant5.train import main, train; from rlhf_flant5.compare import main as compare; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.data import encode, pad_ids
+from rlhf_flant5.train import main, train; from rlhf_flant5.compare import main as compare; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.data.pairs import encode; from rlhf_flant5.data.batches import pad_ids
 import datasets.config, huggingface_hub.constants, os; from huggingface_hub.utils import build_hf_headers
 assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY and not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS and 'torch' not in build_hf_headers()['user-agent']
 pairs, *settings = sys.argv[1:]

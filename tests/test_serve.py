@@ -8,9 +8,12 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 from test_score import build
 import rlhf_flant5
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.serve import ERRORS, FewLines, Limits, _listen, _named, main, make_app, make_server, request_kinds
-from rlhf_flant5.toy import toy_pairs
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.serve import _listen, main, make_server
+from rlhf_flant5.use.gate import FewLines, _named
+from rlhf_flant5.use.limits import Limits
+from rlhf_flant5.use.service import ERRORS, make_app, request_kinds
+from rlhf_flant5.data.toy import toy_pairs
 
 texts = [*dict.fromkeys(toy_pairs(150, seed=4)['chosen'][:] + toy_pairs(150, seed=4)['rejected'][:])][:250]
 

@@ -10,13 +10,17 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from conftest import root
 from test_score import build
 from transformers import AutoModel
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.data import resolve_folder, turns
-from rlhf_flant5.explore import BASELINES
-from rlhf_flant5.metrics import pair_scores, pair_table, write_pair_table
-from rlhf_flant5.score import RewardModel, dialogue
-from rlhf_flant5.share import export_backbone, main, model_card, push_to_hub, read_facts, reward_function, rewardbench_entry
-from rlhf_flant5.toy import toy_pairs, toy_tokenizer
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.core.hub import resolve_folder
+from rlhf_flant5.data.pairs import turns
+from rlhf_flant5.data.baselines import BASELINES
+from rlhf_flant5.metrics.accuracy import pair_scores, pair_table, write_pair_table
+from rlhf_flant5.data.dialogue import dialogue
+from rlhf_flant5.models.base import RewardModel
+from rlhf_flant5.publish import main, push_to_hub
+from rlhf_flant5.use.card import model_card, read_facts
+from rlhf_flant5.use.elsewhere import export_backbone, reward_function, rewardbench_entry
+from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -87,7 +91,7 @@ class Api:
 
 
 def test_what_goes_to_the_hub(copy, tmp_path, monkeypatch):
-    monkeypatch.setattr('rlhf_flant5.share.HfApi', Api); folder = copy/'simulation'/'best_model'
+    monkeypatch.setattr('rlhf_flant5.publish.HfApi', Api); folder = copy/'simulation'/'best_model'
     (folder/'notes.txt').write_text('mine'); (folder/'tokenizer'/'.env').write_text('mine')
     push_to_hub(copy, 'me/it', token='x'); assert Api.sent == ['README.md', 'config.json', 'model.safetensors', 'tokenizer/tokenizer.json', 'tokenizer/tokenizer_config.json']
     (tmp_path/'secret').write_text('{}'); (folder/'tokenizer'/'tokenizer_x.json').symlink_to(tmp_path/'secret')
@@ -101,15 +105,15 @@ def test_program_says_in_one_line_what_stops_it(copy, tmp_path, monkeypatch, cap
     for args, says in ((['export', folder, str(tmp_path/'file'/'t5')], 'file'), (['export', folder, str(tmp_path/('x'*300))], 'too long'), (['card', str(tmp_path/('x'*300))], 'too long')):
         assert main(args) == 2; said = capsys.readouterr().err.rpartition('\r')[2]; assert re.search(r'^(.*\n)?error: .*\n$', said) and says in said and '.new-' not in said and 'Traceback' not in said, said
     if os.path.exists('/dev/full'):
-        with open('/dev/full', 'w') as full: res = subprocess.run([sys.executable, '-m', 'rlhf_flant5.share', 'card', str(copy)], stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
+        with open('/dev/full', 'w') as full: res = subprocess.run([sys.executable, '-m', 'rlhf_flant5.publish', 'card', str(copy)], stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
         assert (res.returncode, res.stderr) == (1, 'failed: the system: No space left on device\n')
     def stop(*_): raise KeyboardInterrupt
-    monkeypatch.setattr('rlhf_flant5.share._merge', stop)
+    monkeypatch.setattr('rlhf_flant5.use.elsewhere._merge', stop)
     assert main(['export', folder, str(tmp_path/'t5')]) == 75 and capsys.readouterr().err == 'interrupted (SIGINT)\n' and not [p.name for p in tmp_path.iterdir() if p.name not in ('file', copy.name)]
 
 
 def test_not_logged_in(run, monkeypatch):
-    monkeypatch.setattr('rlhf_flant5.share.get_token', lambda: None)
+    monkeypatch.setattr('rlhf_flant5.publish.get_token', lambda: None)
     with pytest.raises(ConfigError, match='not logged in'): push_to_hub(run, 'me/it')
 
 
@@ -193,8 +197,8 @@ def hub(monkeypatch):
 def test_what_the_hub_answers_is_one_line_with_its_remedy(run, hub, monkeypatch, capsys, create, commit, args, says):
     monkeypatch.setattr(Hub, 'create', create)
     monkeypatch.setattr(Hub, 'commit', commit)
-    monkeypatch.setattr('rlhf_flant5.share.HfApi', lambda **_: HfApi(endpoint=hub, token='x'))
-    monkeypatch.setattr('rlhf_flant5.share.get_token', lambda: 'x')
+    monkeypatch.setattr('rlhf_flant5.publish.HfApi', lambda **_: HfApi(endpoint=hub, token='x'))
+    monkeypatch.setattr('rlhf_flant5.publish.get_token', lambda: 'x')
     assert main(['push', str(run), 'me/it', *args]) == 2
     said = capsys.readouterr().err.rpartition('\r')[2]
     assert said.startswith('error: me/it: ') and says in said and said.count('\n') == 1 and 'token=' not in said, said
@@ -209,8 +213,8 @@ def test_a_hub_that_lists_a_path_out_of_its_folder(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(('localhost', 0), Lists)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     there = f'http://localhost:{server.server_port}'
-    monkeypatch.setattr('rlhf_flant5.data.HfApi', partial(HfApi, endpoint=there))
-    monkeypatch.setattr('rlhf_flant5.data.snapshot_download', partial(snapshot_download, endpoint=there, cache_dir=tmp_path/'a'/'b'/'c'))
+    monkeypatch.setattr('rlhf_flant5.core.hub.HfApi', partial(HfApi, endpoint=there))
+    monkeypatch.setattr('rlhf_flant5.core.hub.snapshot_download', partial(snapshot_download, endpoint=there, cache_dir=tmp_path/'a'/'b'/'c'))
     try:
         for _ in range(2):
             with pytest.raises(ConfigError, match='what the hub lists is refused .*cannot contain a'): resolve_folder('me/it', 'model', ['tokenizer/*'], ['tokenizer'])

@@ -1,4 +1,4 @@
-"The statistics of nbs/30_metrics.ipynb once more, by libraries that know nothing of it, and what must hold for any rewards."
+"The statistics of nbs/40_metrics/41_accuracy.ipynb once more, by libraries that know nothing of it, and what must hold for any rewards."
 import json, math
 import numpy as np
 import pandas as pd
@@ -11,8 +11,14 @@ from sklearn.metrics import balanced_accuracy_score, brier_score_loss, log_loss
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.metrics import *
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.metrics.accuracy import (
+    accuracy_interval, design_effect, pair_scores, pair_table, read_pair_table, score_rows, wilson,
+    write_pair_table)
+from rlhf_flant5.metrics.calibration import (
+    calibration, fit_temperature, group_scores, length_correlation, length_groups, length_matched, table_scores)
+from rlhf_flant5.metrics.statistics import (
+    bootstrap_difference, compare_models, compare_seeds, holm, over_seeds, seeds_accuracy)
 from conftest import examples
 
 

@@ -6,20 +6,21 @@ from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
 import pytest, torch
-from rlhf_flant5 import features, loop, train
-from rlhf_flant5.config import ConfigError
-from rlhf_flant5.loop import TrainingLoop
+from rlhf_flant5 import train
+from rlhf_flant5.training import checkpoint, loop, origin, states
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.training.loop import TrainingLoop
 from rlhf_flant5.models.base import RewardModel
-from rlhf_flant5.processes import launch
-from rlhf_flant5.runs import Run, find_runs
+from rlhf_flant5.core.processes import launch
+from rlhf_flant5.training.runs import Run, find_runs
 from rlhf_flant5.train import main
 from conftest import root, program
 
-EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'), texts=(train, 'keep_texts'))
+EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'), texts=(origin, 'keep_texts'))
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), seal=(loop, 'seal'),
             scores=(train, 'final_scores'), summary=(train, 'finish'))
 ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
-PHASES = EARLY | LATE | dict(cache=(features.KeptStates, '_write'), close=(Run, '__exit__'))
+PHASES = EARLY | LATE | dict(cache=(states.KeptStates, '_write'), close=(Run, '__exit__'))
 KILLED = {1: -signal.SIGKILL, 2: 128 + signal.SIGKILL}      # exit code of a run of so many processes; any other one is a crash
 
 
@@ -44,7 +45,7 @@ def arm(phase, nth, delay, act, disk):
 
 
 def work(argv, where, bomb=None, act=kill):
-    torch.set_num_threads(1); features.SEGMENT = 16; os.environ.update(where)
+    torch.set_num_threads(1); states.SEGMENT = 16; os.environ.update(where)
     if bomb and int(os.environ.get('RANK', 0)) == bomb[3]: arm(*bomb[:3], act, Path(where['RESULTS_ROOT_DIR']).parent)
     return main(argv)
 
@@ -249,7 +250,7 @@ def test_all_checkpoints_damaged(tmp_path, settings, spawn):
     for c in cut_short(tmp_path, spawn, settings): flip(c/'model.safetensors')
     p = spawn([*settings, 'desc=whole'], where(tmp_path), said=tmp_path/'said'); p.join(120); said = (tmp_path/'said').read_text()
     assert p.exitcode == 2 and 'no older checkpoint is whole; remove the folder checkpoints' in said and 'Traceback' not in said
-    from rlhf_flant5.runs import unprotect
+    from rlhf_flant5.training.runs import unprotect
     unprotect(run_of(tmp_path).simulation); shutil.rmtree(run_of(tmp_path).simulation/'checkpoints')
     p = spawn([*settings, 'desc=whole'], where(tmp_path), said=tmp_path/'said'); p.join(120); assert p.exitcode == 0 and 'no checkpoint yet: begins again' in (tmp_path/'said').read_text()
 
@@ -355,7 +356,7 @@ class Marks:
     def __reduce__(self): return os.system, (f'touch {self.path}',)
 
 def forged(c, name, data):
-    (c/name).write_bytes(data); (c/'digests.json').write_text(json.dumps(loop.digests(c)))
+    (c/name).write_bytes(data); (c/'digests.json').write_text(json.dumps(checkpoint.digests(c)))
 
 @pytest.mark.parametrize('name, data', [('model.safetensors', None), ('optimizer.safetensors', None), ('state.json', b'{"epoch": 0, "__class__": "os.system"}'), ('state.json', b'[]'), ('rng.json', b'[{"python": [3, [1], null], "numpy": [], "torch": [1], "cuda": null}]'),
                                         ('recent.json', b'{"steps": [{"chosen": "x"}], "seconds": 0}'), ('state.json', b'{' * 100_000)], ids='pickled-weights pickled-moments state no-state rng recent deep'.split())

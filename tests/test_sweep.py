@@ -2,7 +2,7 @@
 import json, os, subprocess, sys, threading, time
 import pytest
 from rlhf_flant5 import sweep
-from rlhf_flant5.runs import find_runs, hold
+from rlhf_flant5.training.runs import find_runs, hold
 from conftest import root
 
 few = ['experiment=toy', 'desc=s', 'data.n_train_data=64', 'data.n_test_data=64', 'training.loop.n_val_data=64', 'training.loop.n_batches=2', 'sim_man.allow_untracked=true']

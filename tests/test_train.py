@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from conftest import program, root, short
 from rlhf_flant5 import train
-from rlhf_flant5.config import ConfigError, choices
-from rlhf_flant5.data import encode, load_tokenizer, resolve_folder
+from rlhf_flant5.config.names import choices
+from rlhf_flant5.core.files import ConfigError
+from rlhf_flant5.core.hub import resolve_folder
+from rlhf_flant5.data.pairs import encode, load_tokenizer
 
 
 def summary(results, name): return json.loads((results/'Reward-Model-Training'/name/'results'/'summary.json').read_text())
@@ -84,7 +86,7 @@ def test_a_hub_that_never_answers(tmp_path, monkeypatch):
     "A network that swallows packets must not hold a run up: the question has a limit of its own."
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0)); silent.listen(8)
-        code = f'''import time; from rlhf_flant5.data import pairs_folder; t = time.monotonic()
+        code = f'''import time; from rlhf_flant5.data.pairs import pairs_folder; t = time.monotonic()
 try: pairs_folder('Anthropic/hh-rlhf', ['harmless-base'])
 except ValueError as e: print(e)
 print(time.monotonic() - t < 10)'''
@@ -123,7 +125,7 @@ def test_saved_model_from_another_folder(results, tmp_path, model_folder, pairs_
     "Bit-equal rewards in another process, with another working directory."
     assert program('rlhf_flant5.train', 'desc=saved', 'model=decoder_output', f'data.name={pairs_folder}', f'model.transformer_name={model_folder}', *short).returncode == 0
     run = results/'Reward-Model-Training'/'desc-saved,index-0'
-    code = f'''import gzip, json, torch; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.data import encode, pad_ids
+    code = f'''import gzip, json, torch; from rlhf_flant5.models.base import RewardModel; from rlhf_flant5.data.pairs import encode; from rlhf_flant5.data.batches import pad_ids
 m = RewardModel.from_pretrained('{run}/simulation/best_model'); torch.set_grad_enabled(False)
 rows = [json.loads(l) for l in open('{run}/results/test_pairs.jsonl')]
 subset, line = rows[0]['id'].split('/test:'); pair = json.loads(gzip.open(f'{pairs_folder}/{{subset}}/test.jsonl.gz').read().splitlines()[int(line) - 1])

@@ -51,10 +51,11 @@ OTHER_WAYS = {
 
 def draw_once():
     "Import the program and draw the toy world before anything is forked: a quarter of each run's time otherwise."
-    from rlhf_flant5 import train
-    train.toy_pairs, train.toy_tokenizer = cache(train.toy_pairs), cache(train.toy_tokenizer)
-    for split in ('train', 'test'): train.toy_pairs(split=split)
-    train.toy_tokenizer()
+    import rlhf_flant5.train
+    from rlhf_flant5.training import build
+    build.toy_pairs, build.toy_tokenizer = cache(build.toy_pairs), cache(build.toy_tokenizer)
+    for split in ('train', 'test'): build.toy_pairs(split=split)
+    build.toy_tokenizer()
 
 
 def train(settings, folder, group):
