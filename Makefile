@@ -6,11 +6,12 @@ READY  := .venv/.ready
 MIN    := $(shell sed -n 's/^min_python = //p' settings.ini)
 HASHED := pip install -q --disable-pip-version-check --require-hashes --no-build-isolation
 AUDIT  := pip-audit==2.10.1
+STYLE  := fastaistyle==0.0.20 pyflakes==4.1.0 ty==0.0.108
 
 # advisories that `make audit` passes over; one line each, with the reason behind it: IGNORED += --ignore-vuln PYSEC-2026-1 # only in its server
 IGNORED :=
 
-.PHONY: help demo test record replay export notebooks readme docs lock audit check clean
+.PHONY: help demo test record replay export lab notebooks readme docs lock audit style check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,7 +35,12 @@ export: $(READY) ## clean the notebooks, then write the modules from them
 	.venv/bin/nbdev_clean
 	.venv/bin/nbdev_export
 
-notebooks: $(READY) ## re-execute all notebooks in place and save their outputs (one: NB=nbs/01_data.ipynb)
+lab: $(READY) ## the book in Jupyter, with the project's environment
+	@test -x .venv/bin/jupyter-lab || { grep -ho '^[^# ]*==[^ ]*' requirements.lock >.venv/versions.txt && \
+	$(RUN) pip install -q --disable-pip-version-check --constraint .venv/versions.txt "$$(sed -n 's/^lab_requirements = //p' settings.ini)"; }
+	.venv/bin/jupyter-lab --notebook-dir=nbs
+
+notebooks: $(READY) ## re-execute all notebooks in place and save their outputs (one: NB=nbs/10_data/11_pairs.ipynb)
 	.venv/bin/python tools/run_notebooks.py $(NB)
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
@@ -53,7 +59,12 @@ audit: ## look the locked packages up among the known vulnerabilities
 	"$$tmp/bin/python" -m pip install -q --disable-pip-version-check $(AUDIT) && \
 	"$$tmp/bin/pip-audit" --strict --progress-spinner off --disable-pip --require-hashes -r requirements.lock -r requirements-cuda.lock $(IGNORED)
 
-check: $(READY) ## what CI checks after the tests: notebooks clean and exported, README current, wheel installs
+style: $(READY) ## lines, names and types, by checkers in an environment of their own (one that asks for another fastcore than nbdev's)
+	@test -e .venv/style/.ready || { $(PYTHON) -m venv .venv/style && \
+	.venv/style/bin/python -m pip install -q --disable-pip-version-check $(STYLE) && touch .venv/style/.ready; }
+	bash tools/style.sh
+
+check: $(READY) ## what CI checks before the tests: style, notebooks clean and exported, README current, wheel installs
 	PATH="$$PWD/.venv/bin:$$PATH" bash tools/check.sh
 
 clean: ## remove caches and built files (keeps .venv and results)
