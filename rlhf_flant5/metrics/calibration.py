@@ -16,65 +16,99 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import expit
 from torchmetrics.functional.classification import binary_calibration_error
-from .accuracy import _points, _widening, margins, score_rows, wilson
+from .accuracy import interval_widening, margins, pair_points, score_rows, wilson
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #99d9eae0
 def calibration_error(chosen, rejected, n_bins:int=20) -> float: # between 0 and 1
-    "Expected calibration error of sigmoid(r_chosen - r_rejected) (Guo et al. 2017, arXiv:1706.04599). Raises as `margins` does."
-    p = torch.sigmoid(torch.as_tensor(margins(chosen, rejected), dtype=torch.float32)).clamp(2**-24, 1 - 2**-24)   # subtle: torchmetrics gives a claim of exactly 1 a bin of its own
-    return binary_calibration_error(torch.cat([p, 1 - p]), torch.cat([torch.ones_like(p), torch.zeros_like(p)]).long(), n_bins).item()
+    """Expected calibration error of sigmoid(r_chosen - r_rejected) (Guo et al. 2017, arXiv:1706.04599).
+    Raises as `margins` does."""
+    margin = torch.as_tensor(margins(chosen, rejected), dtype=torch.float32)
+    p = torch.sigmoid(margin).clamp(2**-24, 1 - 2**-24)      # subtle: torchmetrics gives a claim of 1 a bin of its own
+    claims = torch.cat([p, 1 - p])
+    labels = torch.cat([torch.ones_like(p), torch.zeros_like(p)]).long()
+    return binary_calibration_error(claims, labels, n_bins).item()
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #98abf518
 def fit_temperature(margins # chosen minus rejected reward of each validation pair, (n,)
                    ) -> float: # T, in the rewards' unit: P(chosen is preferred) = sigmoid(margin / T)
-    "The temperature of least log-loss (Guo et al. 2017, arXiv:1706.04599), labels softened as Platt's (1999), from 1/1,000 to 1,000 times the mean size of a margin; 1 if all are 0. Raises `ValueError` unless margins are finite, one at least."
+    """The temperature of least log-loss (Guo et al. 2017, arXiv:1706.04599), labels softened as Platt's (1999),
+    from 1/1,000 to 1,000 times the mean size of a margin; 1 if all are 0. Raises `ValueError` unless margins are finite, one at least."""
     m = np.asarray(margins, dtype=np.float64)
-    if m.ndim != 1 or not len(m) or not np.isfinite(m).all(): raise ValueError(f'margins of shape {m.shape}, {(~np.isfinite(m)).sum()} not finite: must be finite numbers, one for each pair, one pair at least')
+    if m.ndim != 1 or not len(m) or not np.isfinite(m).all():
+        raise ValueError(f'margins of shape {m.shape}, {(~np.isfinite(m)).sum()} not finite: '
+                         'must be finite numbers, one for each pair, one pair at least')
     if not m.any(): return 1.
-    m = m/(largest := np.abs(m).max()); scale = np.abs(m).mean(); m = m/scale     # twice the rewards, twice the temperature
-    slope = lambda log_b: (m*(expit(m*np.exp(log_b)) - 1 + 1/(len(m) + 2))).mean()   # of the log-loss in b: it only grows
+    largest = np.abs(m).max()
+    m = m/largest                                 # twice the rewards, twice the temperature
+    scale = np.abs(m).mean()
+    m = m/scale
+    def slope(log_b):                             # of the log-loss in b = 1/T: it only grows
+        return (m*(expit(m*np.exp(log_b)) - 1 + 1/(len(m) + 2))).mean()
     low, high = -math.log(1000), math.log(1000)
-    log_b = low if slope(low) >= 0 else high if slope(high) <= 0 else brentq(slope, low, high, xtol=1e-12)
+    if slope(low) >= 0: log_b = low
+    elif slope(high) <= 0: log_b = high
+    else: log_b = brentq(slope, low, high, xtol=1e-12)
     return float(np.exp(-log_b)*scale*largest)
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #940fafee
 def calibration(margins,             # chosen minus rejected reward of each pair, (n,)
                 temperature:float=1. # of `fit_temperature` on other pairs
                ) -> dict: # n, temperature, and `before` and `after` it: ece, brier, log_loss
-    "Scores of sigmoid(margin) and sigmoid(margin / temperature): calibration error, Brier (1950, doi:10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2), log-loss. Raises `ValueError` for a temperature that is none."
+    """Scores of sigmoid(margin) and sigmoid(margin / temperature): calibration error,
+    Brier (1950, doi:10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2), log-loss. Raises `ValueError` for a temperature that is none."""
     if not 0 < temperature < math.inf: raise ValueError(f'temperature {temperature}: must be above 0 and finite')
     m = np.asarray(margins, dtype=np.float64)
-    scores = lambda m: dict(ece=calibration_error(m, 0*m), brier=float((expit(-m)**2).mean()), log_loss=float(np.logaddexp(0, -m).mean()))
+    def scores(m):
+        brier, log_loss = (expit(-m)**2).mean(), np.logaddexp(0, -m).mean()
+        return dict(ece=calibration_error(m, 0*m), brier=float(brier), log_loss=float(log_loss))
     return dict(n=len(m), temperature=float(temperature), before=scores(m), after=scores(m/temperature))
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #3edd044d
-def reliability(margins, temperature:float=1., n_bins:int=10) -> pd.DataFrame: # claimed, right, low, high, n of each bin with a pair in it
-    "Share of right pairs by the probability claimed for the favourite, in `n_bins` equal steps from 1/2 to 1 (Guo et al. 2017, arXiv:1706.04599)."
-    m = np.asarray(margins, dtype=np.float64)/temperature; claim = expit(abs(m))
-    which, rows = np.minimum((claim - .5)*2*n_bins, n_bins - 1).astype(int), []
-    for k in np.unique(which):
-        here = m[which == k]; right = _points(here).sum(); low, high = wilson(right, len(here))
-        rows.append(dict(claimed=claim[which == k].mean(), right=right/len(here), low=low, high=high, n=len(here)))
+def reliability(margins, temperature:float=1., n_bins:int=10
+               ) -> pd.DataFrame: # claimed, right, low, high, n of each bin with a pair in it
+    """Share of right pairs by the probability claimed for the favourite,
+    in `n_bins` equal steps from 1/2 to 1 (Guo et al. 2017, arXiv:1706.04599)."""
+    m = np.asarray(margins, dtype=np.float64)/temperature
+    claim = expit(abs(m))
+    bins = np.minimum((claim - .5)*2*n_bins, n_bins - 1).astype(int)
+    rows = []
+    for k in np.unique(bins):
+        here = m[bins == k]
+        n, right = len(here), pair_points(here).sum()
+        low, high = wilson(right, n)
+        rows.append(dict(claimed=claim[bins == k].mean(), right=right/n, low=low, high=high, n=n))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/40_metrics/42_calibration.ipynb #963c4dae
 def plot_reliability(ax, margins, temperature:float=1.):
     "A reliability diagram, before and, if a temperature is given, after it."
     ax.plot([50, 100], [50, 100], color='gray', ls='--', lw=1)
-    for T, color, name in ((1., '#D55E00', 'as trained'), (temperature, '#0072B2', f'T = {temperature:.2g}'))[:1 if temperature == 1 else 2]:
-        r = reliability(margins, T)*100; ece = calibration(margins, T)['after']['ece']
-        ax.errorbar(r.claimed, r.right, yerr=[r.right - r.low, r.high - r.right], fmt='o-', ms=4, lw=1, capsize=2, color=color, label=f'{name}: ECE {100*ece:.1f} points')
-    ax.set(xlabel='claimed for the favourite (%)', ylabel='favourite is the chosen one (%)', title=f'Reliability, {len(margins):,} pairs', xlim=(49, 101), ylim=(None, 101)); ax.legend(fontsize=7)
+    curves = [(1., '#D55E00', 'as trained')]
+    if temperature != 1: curves.append((temperature, '#0072B2', f'T = {temperature:.2g}'))
+    for T, color, name in curves:
+        r = reliability(margins, T)*100
+        ece = calibration(margins, T)['after']['ece']
+        ax.errorbar(r.claimed, r.right, yerr=[r.right - r.low, r.high - r.right], fmt='o-', ms=4, lw=1, capsize=2,
+                    color=color, label=f'{name}: ECE {100*ece:.1f} points')
+    ax.set(xlabel='claimed for the favourite (%)', ylabel='favourite is the chosen one (%)',
+           title=f'Reliability, {len(margins):,} pairs', xlim=(49, 101), ylim=(None, 101))
+    ax.legend(fontsize=7)
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #c1b05864
 def length_groups(lengths,        # whole numbers, (n,)
                   n_groups:int=5  # at most; fewer where many lengths are equal
                  ) -> pd.Categorical: # `7 to 12`, in order
     "Groups of about the same size by length."
-    lengths = np.asarray(lengths); edges = np.unique(np.quantile(lengths, np.arange(1, n_groups)/n_groups, method='inverted_cdf'))
+    lengths = np.asarray(lengths)
+    edges = np.unique(np.quantile(lengths, np.arange(1, n_groups)/n_groups, method='inverted_cdf'))
     codes = np.unique(np.searchsorted(edges, lengths), return_inverse=True)[1]
-    ends = [(lengths[codes == k].min(), lengths[codes == k].max()) for k in range(codes.max() + 1)]
-    return pd.Categorical.from_codes(codes, [f'{low:,} to {high:,}' if low < high else f'{low:,}' for low, high in ends], ordered=True)
+    names = []
+    for k in range(codes.max() + 1):
+        low, high = lengths[codes == k].min(), lengths[codes == k].max()
+        names.append(f'{low:,} to {high:,}' if low < high else f'{low:,}')
+    return pd.Categorical.from_codes(codes, names, ordered=True)
 
+# %% ../../nbs/40_metrics/42_calibration.ipynb #6b3eb2a8
 def group_scores(table:pd.DataFrame, # of `pair_table`
                  by,                 # the name of a column, or a group for each pair
                  temperature:float=1.,
@@ -93,50 +127,69 @@ def group_scores(table:pd.DataFrame, # of `pair_table`
 def length_matched(table:pd.DataFrame, # of `pair_table`
                    clusters=None       # the conversation of each pair; None: pairs are independent
                   ) -> dict|None: # accuracy, low, high (95%), n_longer, n_shorter
-    "Accuracy with equal weight for pairs whose chosen reply is longer and those where it is shorter; pairs of equal length are left out. None if one kind has no pair."
-    difference, points = (table.n_chosen - table.n_rejected).to_numpy(), _points(table.margin.to_numpy())
-    kinds = [difference > 0, difference < 0]
-    sides = [points[kind] for kind in kinds]
-    if not all(map(len, sides)): return None
-    p, ends = [s.mean() for s in sides], [wilson(s.sum(), len(s)) for s in sides]
-    accuracy, differ, widening = sum(p)/2, difference != 0, 1.
+    """Accuracy with equal weight for pairs whose chosen reply is longer and those where it is shorter;
+    pairs of equal length are left out. None if one kind has no pair."""
+    difference = (table.n_chosen - table.n_rejected).to_numpy()
+    points = pair_points(table.margin.to_numpy())
+    longer, shorter = difference > 0, difference < 0
+    if not longer.any() or not shorter.any(): return None
+    widening = 1.
     if clusters is not None:
-        residuals = sum(kind*(points - mean)/(2*kind.sum()) for kind, mean in zip(kinds, p))
-        widening = _widening(residuals[differ], np.asarray(clusters, dtype=object)[differ])[0]
-    half = [math.hypot(*(x - e[k] for x, e in zip(p, ends)))/2*math.sqrt(widening) for k in (0, 1)]
-    return dict(accuracy=float(accuracy), low=float(max(accuracy - half[0], 0)), high=float(min(accuracy + half[1], 1)),
-                n_longer=len(sides[0]), n_shorter=len(sides[1]))
+        residuals = sum(kind*(points - points[kind].mean())/(2*kind.sum()) for kind in (longer, shorter))
+        differ = difference != 0
+        widening = interval_widening(residuals[differ], np.asarray(clusters, dtype=object)[differ])[0]
+    means, ends = zip(*((p.mean(), wilson(p.sum(), len(p))) for p in (points[longer], points[shorter])))
+    accuracy = sum(means)/2
+    below, above = (math.hypot(*(p - e[k] for p, e in zip(means, ends)))/2*math.sqrt(widening) for k in (0, 1))
+    return dict(accuracy=float(accuracy), low=float(max(accuracy - below, 0)), high=float(min(accuracy + above, 1)),
+                n_longer=int(longer.sum()), n_shorter=int(shorter.sum()))
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #5c2756a9
 def length_correlation(table:pd.DataFrame # of `pair_table`
-                      ) -> dict|None: # rho, low, high (95%), n; and of the pairs whose lengths differ the shares where the longer is preferred by the model and by people
-    "Spearman's correlation of margin and difference in length. None for fewer than 4 pairs, or where all margins or all differences are equal."
+                      ) -> dict|None: # rho, low, high (95%), n; shares of longer replies preferred by the model and by people
+    """Spearman's correlation of margin and difference in length.
+    None for fewer than 4 pairs, or where all margins or all differences are equal."""
     difference, n = table.n_chosen - table.n_rejected, len(table)
     if n < 4 or table.margin.nunique() < 2 or difference.nunique() < 2: return None
     rho = float(stats.spearmanr(table.margin, difference).statistic)
-    z, half = math.atanh(max(min(rho, 1 - 1e-12), 1e-12 - 1)), 1.959964*math.sqrt((1 + rho*rho/2)/(n - 3))
+    z = math.atanh(max(min(rho, 1 - 1e-12), 1e-12 - 1))
+    half = 1.959964*math.sqrt((1 + rho*rho/2)/(n - 3))
     differ = difference != 0
+    longer_preferred = pair_points(table.margin*np.sign(difference))[differ].mean()
+    longer_chosen = (difference > 0)[differ].mean()
     return dict(rho=rho, low=min(rho, math.tanh(z - half)), high=max(rho, math.tanh(z + half)), n=n,
-                longer_preferred=float(_points(table.margin*np.sign(difference))[differ].mean()), longer_chosen=float((difference > 0)[differ].mean()))
+                longer_preferred=float(longer_preferred), longer_chosen=float(longer_chosen))
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #c24ebe5e
 def plot_rewards(ax, table:pd.DataFrame):
     "Distributions of the chosen and the rejected texts' rewards."
     bins = np.histogram_bin_edges(table[['reward_chosen', 'reward_rejected']], 40)
-    for side, color in (('chosen', '#0072B2'), ('rejected', '#D55E00')): ax.hist(table[f'reward_{side}'], bins, alpha=.5, color=color, label=side)
-    ax.set(xlabel='reward', ylabel='texts', title=f'Rewards, {len(table):,} pairs'); ax.legend()
+    for side, color in (('chosen', '#0072B2'), ('rejected', '#D55E00')):
+        ax.hist(table[f'reward_{side}'], bins, alpha=.5, color=color, label=side)
+    ax.set(xlabel='reward', ylabel='texts', title=f'Rewards, {len(table):,} pairs')
+    ax.legend()
 
 def plot_margins(ax, table:pd.DataFrame):
     "Distribution of the margins; what is left of 0 is wrong."
-    ax.hist(table.margin, np.histogram_bin_edges(table.margin, 40), color='#009E73', alpha=.7); ax.axvline(0, color='gray', ls='--'); ax.locator_params(axis='x', nbins=6)
-    ax.set(xlabel='margin: chosen - rejected reward', ylabel='pairs', title=f'Margins, {len(table):,} pairs, mean {table.margin.mean():.2g}')
+    ax.hist(table.margin, np.histogram_bin_edges(table.margin, 40), color='#009E73', alpha=.7)
+    ax.axvline(0, color='gray', ls='--')
+    ax.locator_params(axis='x', nbins=6)
+    title = f'Margins, {len(table):,} pairs, mean {table.margin.mean():.2g}'
+    ax.set(xlabel='margin: chosen - rejected reward', ylabel='pairs', title=title)
 
+# %% ../../nbs/40_metrics/42_calibration.ipynb #bcf263d0
 def plot_groups(ax, groups:dict, # of `group_scores`
                 xlabel:str=''):
     "Accuracy of each group with its 95% interval and size."
-    s = pd.DataFrame(groups).T.astype(float)*100; many = len(groups) > 6
-    ax.errorbar(range(len(s)), s.accuracy, yerr=[s.accuracy - s.low, s.high - s.accuracy], fmt='o', ms=4, capsize=2); ax.axhline(50, color='gray', ls=':')
-    ax.set_xticks(range(len(s)), [f'{g}{", " if many else chr(10)}n = {v["n"]:,}' for g, v in groups.items()], parse_math=False, fontsize=6 if many else 7, rotation=90 if many else 0); ax.set(ylabel='accuracy (%), 95% interval', xlabel=xlabel, xlim=(-.5, len(s) - .5))
+    s = pd.DataFrame(groups).T.astype(float)*100
+    places = range(len(s))
+    ax.errorbar(places, s.accuracy, yerr=[s.accuracy - s.low, s.high - s.accuracy], fmt='o', ms=4, capsize=2)
+    ax.axhline(50, color='gray', ls=':')
+    many = len(groups) > 6
+    between, style = (', ', dict(fontsize=6, rotation=90)) if many else ('\n', dict(fontsize=7, rotation=0))
+    labels = [f'{group}{between}n = {scores["n"]:,}' for group, scores in groups.items()]
+    ax.set_xticks(places, labels, parse_math=False, **style)
+    ax.set(ylabel='accuracy (%), 95% interval', xlabel=xlabel, xlim=(-.5, len(s) - .5))
 
 # %% ../../nbs/40_metrics/42_calibration.ipynb #9eeaecc1
 def table_scores(table:pd.DataFrame,   # of `pair_table`
@@ -144,11 +197,12 @@ def table_scores(table:pd.DataFrame,   # of `pair_table`
                  n_groups:int=5,       # groups by length
                  clusters=None         # the conversation of each pair; None: pairs are independent
                 ) -> dict:
-    "Scores over all pairs and for each subset as `pair_scores` gives, calibration before and after the temperature, accuracy by length, on length-matched pairs, and the correlation with length."
+    """Scores over all pairs and for each subset as `pair_scores` gives, calibration before and after the temperature,
+    accuracy by length, on length-matched pairs, and the correlation with length."""
     longer = table[['n_chosen', 'n_rejected']].max(axis=1)
     def by(groups): return group_scores(table, groups, temperature, clusters)
     def by_length(lengths): return by(length_groups(lengths, n_groups))
-    return (score_rows(table.reward_chosen, table.reward_rejected, clusters)
-            | dict(subsets=by('subset'), calibration=calibration(table.margin, temperature),
-                   by_difference=by_length(table.n_chosen - table.n_rejected), by_length=by_length(longer),
-                   length_matched=length_matched(table, clusters), length_correlation=length_correlation(table)))
+    scores = score_rows(table.reward_chosen, table.reward_rejected, clusters)
+    scores |= dict(subsets=by('subset'), calibration=calibration(table.margin, temperature))
+    scores |= dict(by_difference=by_length(table.n_chosen - table.n_rejected), by_length=by_length(longer))
+    return scores | dict(length_matched=length_matched(table, clusters), length_correlation=length_correlation(table))
