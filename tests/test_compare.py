@@ -6,7 +6,7 @@ from conftest import program, root, saved_run
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from rlhf_flant5 import compare, sweep
-from rlhf_flant5.comparison import figures
+from rlhf_flant5.comparison import figures, report as report_module
 from matplotlib.text import Text
 from rlhf_flant5.comparison.comparisons import comparisons, origin_notes
 from rlhf_flant5.comparison.figures import calibration_numbers
@@ -44,7 +44,7 @@ def test_numbers_by_another_way(three, results):
 @pytest.fixture
 def few(monkeypatch):
     "One figure in a report instead of seven, where figures are not what is tested."
-    monkeypatch.setattr(compare, 'FIGURES', dict(cost=compare.FIGURES['cost']))
+    monkeypatch.setattr(report_module, 'FIGURES', dict(cost=report_module.FIGURES['cost']))
 
 
 RATE = 'training: {optimizer: {init_lr: %s}}\n'
@@ -134,8 +134,8 @@ def test_sweeps_of_settings_are_readable(results, capsys, strict, kind):
         assert any(line.startswith('r3: ') and line.count('=') == 5 for line in out.out.splitlines()) and '- r7: ' in report(results)
     drawn = {p.stem for p in (results/'comparison').glob('*.png')}
     assert all((results/'comparison'/f'{n}.{e}').stat().st_size for n in drawn for e in ('csv', *others[1::2]))
-    assert drawn == {*compare.FIGURES} - ({'cost', 'disagreement'} if kind == 'one run' else set())
-    for n in {*compare.FIGURES} - drawn: assert f'({n}) is left out' in report(results)
+    assert drawn == {*report_module.FIGURES} - ({'cost', 'disagreement'} if kind == 'one run' else set())
+    for n in {*report_module.FIGURES} - drawn: assert f'({n}) is left out' in report(results)
 
 
 def test_old_and_new_settings_in_one_table(results, few):

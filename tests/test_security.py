@@ -7,7 +7,7 @@ import pytest, torch
 from conftest import root, saved_run, short
 from rlhf_flant5 import compare
 from rlhf_flant5.backbone.t5 import Backbone, load_flan_t5
-from rlhf_flant5.compare import write_report
+from rlhf_flant5.comparison.report import write_report
 from rlhf_flant5.comparison.comparisons import comparisons
 from rlhf_flant5.comparison.runs import load_runs
 from rlhf_flant5.config.compose import load_config

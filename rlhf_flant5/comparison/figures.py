@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator
 from .rows import Comparison
 from .runs import ORDER, Saved
 from .scores import disagreement_numbers, speed_is_own
-from .tables import _p
+from .tables import p_text
 from ..core.figures import BOOK_STYLE, figure
 from ..core.files import ConfigError, first_line, read_bytes
 from ..core.trust import _number
@@ -118,7 +118,7 @@ def plot_differences(c:Comparison, scores:list[dict]): # None where there is one
         color = '#555555' if s['baseline'] else COLOURS[0]
         ax.errorbar(x, i, xerr=[[x - low], [high - x]], fmt='o', ms=5, capsize=3, color=color,
                     mfc=None if d.get('p_corrected', 1) < .05 else 'white')
-        words = f'p = {_p(d)}'.replace('= <', '<') if d['recipes'] else _p(d)
+        words = f'p = {p_text(d)}'.replace('= <', '<') if d['recipes'] else p_text(d)
         ax.annotate(words, (1.01, i), xycoords=('axes fraction', 'data'), va='center', fontsize=8)
     ax.axvline(0, color='gray', ls=':', lw=1)
     ax.set_xlabel(f'difference in test accuracy (points)\n95% interval over {_over(c)}')
@@ -233,7 +233,9 @@ def plot_calibration(c:Comparison, scores:list[dict], n_cols:int=3):
     cols = min(n, n_cols)
     fig, axes = figure(cols, -(-n//cols), width=3.1, height=3., squeeze=False, sharex=True, sharey=True)
     for i, ax in enumerate(axes.flat):
-        if i >= n: ax.set_axis_off(); continue
+        if i >= n:
+            ax.set_axis_off()
+            continue
         _panel(ax, c.models[i], numbers, scores[i])
         if i % cols == 0: ax.set_ylabel('favourite is the chosen one (%)')
         if i + cols >= n:

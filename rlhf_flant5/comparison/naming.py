@@ -8,7 +8,7 @@ __all__ = ['name_models']
 # %% ../../nbs/75_comparison/77a_naming.ipynb #b9299dcc
 import json, re
 from collections import Counter
-from .rows import _changed, _differing, _recipe, _setting, _TRAIN, Row
+from .rows import _changed, differing_keys, recipe_of, setting_text, _TRAIN, Row
 
 # %% ../../nbs/75_comparison/77a_naming.ipynb #d8aab933
 def _short_keys(keys): # dotted key -> as many of its last parts as tell it from the others
@@ -33,7 +33,7 @@ def _told_by(recipes, bases): # base name -> the keys of settings that tell its 
     found = {}
     for base in bases:
         several = [other for (_, other), b in zip(recipes, bases) if b == base]
-        keys = _differing(several)
+        keys = differing_keys(several)
         fewer = [k for k in keys if k != _TRAIN]
         distinct = {json.dumps([s.get(k) for k in fewer], default=repr) for s in several}
         found[base] = fewer if len(distinct) == len(several) else keys
@@ -43,11 +43,11 @@ def _told_by(recipes, bases): # base name -> the keys of settings that tell its 
 def name_models(models:list[Row] # the first is the reference
                ) -> dict[str, str]: # a short name -> what it stands for
     "Name rows shortly: by readout, transformer and settings, or `r1`, `r2`, … where these are many."
-    recipes = [_recipe(row.runs[0]) for row in models]
+    recipes = [recipe_of(row.runs[0]) for row in models]
     bases = _base_names(recipes)
     told, changed = _told_by(recipes, bases), [_changed(recipes[0], r) for r in recipes]
     short = _short_keys({k for keys in (*told.values(), *(c[1] for c in changed)) for k in keys})
-    parts = [[_setting(short[k], k, other) for k in told[base]] for (_, other), base in zip(recipes, bases)]
+    parts = [[setting_text(short[k], k, other) for k in told[base]] for (_, other), base in zip(recipes, bases)]
     coded = {b for b, p in zip(bases, parts) if len(', '.join(p)) > _LONG}
     one, key = len({*bases}) == 1 and len(models) > 1, {}
     if one: key['all rows'] = bases[0]
@@ -56,11 +56,11 @@ def name_models(models:list[Row] # the first is the reference
             code = f'r{len([k for k in key if re.fullmatch("r[0-9]+", k)]) + 1}'
             key[code], own = ', '.join(own), [code]
         row.name = ', '.join(own if one else [base, *own])
-        row.changes = words + [_setting(k, k, other) for k in keys]
+        row.changes = words + [setting_text(k, k, other) for k in keys]
         in_name = told[base] if base not in coded else []
-        settings = [short[k] if k in in_name else _setting(short[k], k, other) for k in keys]
+        settings = [short[k] if k in in_name else setting_text(short[k], k, other) for k in keys]
         row.brief = ', '.join(words + settings) or 'reference'
         if keys and len(row.brief) > _LONG:
             row.brief = ', '.join([*words, f'{len(keys)} setting{"s"*(len(keys) > 1)}'])
-            if base not in coded: key[row.name] = ', '.join(_setting(short[k], k, other) for k in keys)
+            if base not in coded: key[row.name] = ', '.join(setting_text(short[k], k, other) for k in keys)
     return key | {s: k for k, s in sorted(short.items()) if s != k}
