@@ -21,13 +21,22 @@ def benchmark_parser():
     add('--size', default='small', choices=SIZES, help='of FLAN-T5; random weights')
     add('--readouts', nargs='+', default=choices('model'), choices=choices('model'))
     add('--parts', nargs='*', default=PARTS, choices=PARTS)
-    add('--data', help='folder or hub id of pairs, with --tokenizer; default: random tokens of HH-RLHF\'s lengths'); add('--subsets', nargs='+', default=['harmless-base'])
-    add('--tokenizer', dest='tokenizer_name', help='folder or hub id'); add('--device', help='cpu, cuda, …; default: the best there is')
-    add('--precision', default='auto', choices=('auto', 'fp32', 'bf16')); add('--compile', action='store_true'); add('--dropout', type=float, default=0.)
-    add('--step-size', dest='step', type=int, default=96, help='pairs in a step of ours'); add('--plain-step', type=int, default=24, help='pairs in a step of the plain way, whose memory grows with it')
-    add('--budget', type=int, default=0, help='tokens at once; 0: found'); add('--steps', dest='n', type=int, default=5, help='measured steps, behind one of warm-up')
-    add('--step-sizes', nargs='+', type=int, default=[96, 512], help='of the growth part'); add('--sizes', nargs='+', default=['small', 'base'], choices=SIZES, help='of the growth part')
-    add('--against', choices=('trl',)); add('--trl-step', type=int, default=8); add('--out', type=Path, help='folder for benchmark.json and benchmark.png')
+    add('--data', help='folder or hub id of pairs, with --tokenizer; default: random tokens of HH-RLHF\'s lengths')
+    add('--subsets', nargs='+', default=['harmless-base'])
+    add('--tokenizer', dest='tokenizer_name', help='folder or hub id')
+    add('--device', help='cpu, cuda, …; default: the best there is')
+    add('--precision', default='auto', choices=('auto', 'fp32', 'bf16'))
+    add('--compile', action='store_true')
+    add('--dropout', type=float, default=0.)
+    add('--step-size', dest='step', type=int, default=96, help='pairs in a step of ours')
+    add('--plain-step', type=int, default=24, help='pairs in a step of the plain way, whose memory grows with it')
+    add('--budget', type=int, default=0, help='tokens at once; 0: found')
+    add('--steps', dest='n', type=int, default=5, help='measured steps, behind one of warm-up')
+    add('--step-sizes', nargs='+', type=int, default=[96, 512], help='of the growth part')
+    add('--sizes', nargs='+', default=['small', 'base'], choices=SIZES, help='of the growth part')
+    add('--against', choices=('trl',))
+    add('--trl-step', type=int, default=8)
+    add('--out', type=Path, help='folder for benchmark.json and benchmark.png')
     return p
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #ed767718
@@ -77,23 +86,28 @@ def compare_attention(config, o) -> list[dict]:
     "Ways of attention by length of the texts: seconds of a pass and its gradient in one block, 4,096 tokens."
     rows = []
     for length in (16, 32, 64, 128, 256, 512):
-        lengths = torch.linspace(.7*length, length, 4096//length).long(); texts = Texts.of((torch.arange(length)[None] < lengths[:, None]).long().to(o.device))
+        lengths = torch.linspace(.7*length, length, 4096//length).long()
+        texts = Texts.of((torch.arange(length)[None] < lengths[:, None]).long().to(o.device))
         qkv = [torch.randn(int(lengths.sum()), config.num_heads, config.d_kv, device=o.device, requires_grad=True) for _ in range(3)]
         bias = torch.randn(config.num_heads, length, length, device=o.device, requires_grad=True)
         for name in ('by_text', 'padded', 'fused') + ('flex',)*(o.device.type == 'cuda'):
             run = lambda: ATTENTION[name](*qkv, bias, texts).sum().backward()
-            run(); rows.append(dict(attention=name, length=length, seconds=statistics.median(timed(o.device, run)[0] for _ in range(o.n))))
+            run()
+            rows.append(dict(attention=name, length=length, seconds=statistics.median(timed(o.device, run)[0] for _ in range(o.n))))
     return rows
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #136584d9
 def bare_step(readout, config, o) -> dict: # what the readout adds
     "Seconds of a training micro-batch with a readout, and of the bare encoder."
-    model = two_ways(readout, config)[1].to(o.device).train(); b = PairBatches(random_pairs(64, config.vocab_size), 0, 64, 4096, 1)
+    model = two_ways(readout, config)[1].to(o.device).train()
+    b = PairBatches(random_pairs(64, config.vocab_size), 0, 64, 4096, 1)
     m = next(b.steps(0)).micro_batches[2].to(o.device)
     encoder = Backbone(T5EncoderModel(config)).to(o.device)
     full = lambda: pair_loss(model(**m.inputs)).sum().backward()
     bare = lambda: encoder(**m.inputs, n_blocks=1).tokens[0].sum().backward()
-    full(); bare(); pairs = [(timed(o.device, full)[0], timed(o.device, bare)[0]) for _ in range(o.n)]
+    full()
+    bare()
+    pairs = [(timed(o.device, full)[0], timed(o.device, bare)[0]) for _ in range(o.n)]
     return dict(readout=readout, over_encoder=statistics.median(f/b for f, b in pairs))
 
 def growth(config, o) -> list[dict]:
@@ -102,9 +116,11 @@ def growth(config, o) -> list[dict]:
     def add(what, value, config, pairs, step, n):
         w = our_way(readout, config, pairs, NS(**{**vars(o), 'step': step}))
         for i in range(n + 1): w.run(i, warm_up=i == 0)
-        rows.append(dict(what=what, value=value, **w.summary(o.rate))); log.info(f'{what} {value}: {rows[-1]["pairs_per_second"]:.2f} pairs/s')
+        rows.append(dict(what=what, value=value, **w.summary(o.rate)))
+        log.info(f'{what} {value}: {rows[-1]["pairs_per_second"]:.2f} pairs/s')
     for length in (64, 128, 256, 512):
-        step = max(2048//length, 4); ids = np.random.default_rng(1).integers(3, config.vocab_size, (3*step, 2, length)).tolist()
+        step = max(2048//length, 4)
+        ids = np.random.default_rng(1).integers(3, config.vocab_size, (3*step, 2, length)).tolist()
         fixed = Dataset.from_list([dict(id=str(i), subset='', chosen='', rejected='', chosen_ids=c, rejected_ids=r) for i, (c, r) in enumerate(ids)])
         add('tokens a text', length, config, fixed, step, 2)
     for step in o.step_sizes: add('pairs a step', step, config, random_pairs(2*step, config.vocab_size), step, 1)
@@ -115,14 +131,19 @@ def growth(config, o) -> list[dict]:
 def frozen(config, pairs, o) -> list[dict]:
     "Cacheable readouts on kept states: bytes, seconds to build and to open, pairs a second."
     backbone, rows = Backbone(T5Model(config), train_transformer=False).to(o.device), []
-    tokens = PairBatches(pairs, 0, 512, o.budget or 4096, 103); a = accelerator(str(o.device), o.precision)
+    tokens = PairBatches(pairs, 0, 512, o.budget or 4096, 103)
+    a = accelerator(str(o.device), o.precision)
     with tempfile.TemporaryDirectory() as folder:
         keep = lambda: keep_states(backbone, tokens, Path(folder), autocast=a.autocast, precision=precision_name(a))
-        build, kept = timed(o.device, keep); hit, kept = timed(o.device, keep)
+        build, kept = timed(o.device, keep)
+        hit, kept = timed(o.device, keep)
         for readout in ('attention_pooled_encoder', 'decoder_output', 'attention_pooled_decoder'):
-            model = readout_class(readout)(backbone); b = FeatureBatches(kept_features(model, kept), tokens); opt = adam(model, fused=True)
+            model = readout_class(readout)(backbone)
+            b = FeatureBatches(kept_features(model, kept), tokens)
+            opt = adam(model, fused=True)
             epoch = lambda: [train_step(model, opt, pair_loss, s, b.ids, a) for s in ahead(b.steps(0), o.device)]
-            epoch(); seconds = statistics.median(timed(o.device, epoch)[0] for _ in range(o.n))
+            epoch()
+            seconds = statistics.median(timed(o.device, epoch)[0] for _ in range(o.n))
             rows.append(dict(readout=readout, pairs_per_second=len(b)/seconds, kept_bytes=kept.nbytes, n_pairs=len(b), build_seconds=build, hit_seconds=hit))
     return rows
 
@@ -138,18 +159,24 @@ def memory(config, pairs, o) -> list[dict]:
     rows = []
     for way, step in [('plain', o.plain_step), *(('ours', n) for n in o.step_sizes)]:
         alone = NS(**{**vars(o), 'tokenizer': None})
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool: rows.append(dict(way=way, step_pairs=step, peak_bytes=pool.submit(one_step_peak, way, step, config, pairs, alone).result()))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            rows.append(dict(way=way, step_pairs=step, peak_bytes=pool.submit(one_step_peak, way, step, config, pairs, alone).result()))
     return rows
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #4db4c957
 def steps_of(model, pairs, o) -> Way: # the training program's step on any backbone
-    a = accelerator(str(o.device), o.precision); opt, b = adam(model.to(o.device), fused=True), PairBatches(pairs, 0, o.plain_step, o.budget or 4096, 103)
+    a = accelerator(str(o.device), o.precision)
+    opt, b = adam(model.to(o.device), fused=True), PairBatches(pairs, 0, o.plain_step, o.budget or 4096, 103)
     return Way('', model, b, lambda i: train_step(model, opt, pair_loss, next(ahead(b.steps(0, i), o.device)), b.ids, a), o.device)
 
 def ladder(config, pairs, o, readout='attention_pooled_encoder') -> list[dict]:
     "The plain way, and one change after the other; steps of the same pairs."
-    dropped = copy.deepcopy(config); dropped.dropout_rate = .1
-    def transformers_pass(attention): m = two_ways(readout, config)[0]; m.backbone.transformer.set_attn_implementation(attention); return m
+    dropped = copy.deepcopy(config)
+    dropped.dropout_rate = .1
+    def transformers_pass(attention):
+        m = two_ways(readout, config)[0]
+        m.backbone.transformer.set_attn_implementation(attention)
+        return m
     def ours(config=config, compile=False, cheap=True):
         m = two_ways(readout, config)[1]
         if compile: m.backbone.compile_blocks()
@@ -157,39 +184,52 @@ def ladder(config, pairs, o, readout='attention_pooled_encoder') -> list[dict]:
             for name, child in block.named_children():
                 if isinstance(child, nn.Dropout): setattr(block, name, nn.Dropout(child.p))
         return m
-    whole = transformers_pass('sdpa'); whole.backbone.transformer.compile(dynamic=True)
+    whole = transformers_pass('sdpa')
+    whole.backbone.transformer.compile(dynamic=True)
     models = {'sorted micro-batches, both texts in one pass': transformers_pass('eager'), '  … and SDPA': transformers_pass('sdpa'), '  … and compiled whole': whole,
               'real tokens alone (ours)': ours(), '  … and compiled pieces': ours(compile=True), '  … and dropout 0.1': ours(dropped), "  … and dropout 0.1, PyTorch's masks in the layers": ours(dropped, cheap=False)}
     ways = {'plain': plain_way(readout, config, pairs, o)} | {k: steps_of(m, pairs, o) for k, m in models.items()}
     warm = {}
-    for k, w in ways.items(): warm[k], _ = timed(o.device, lambda: w.run(0, warm_up=True)); log.info(f'{k}: first step {warm[k]:.0f} s')
+    for k, w in ways.items():
+        warm[k], _ = timed(o.device, lambda: w.run(0, warm_up=True))
+        log.info(f'{k}: first step {warm[k]:.0f} s')
     ratios = alternate([*ways.values()], o.n)
     return [dict(change=k, ratio=statistics.median(r), first_step=warm[k], **w.summary(o.rate)) for (k, w), r in zip(ways.items(), [[1.], *ratios])]
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #880af2d6
 def profile_step(config, pairs, o, readout='attention_pooled_encoder') -> list[dict]: # operations by their own time, largest first
     "Where the time of a training step goes."
-    w = our_way(readout, config, pairs, o); w.run(0, warm_up=True)
+    w = our_way(readout, config, pairs, o)
+    w.run(0, warm_up=True)
     with torch.profiler.profile() as prof: w.run(1)
-    gpu = o.device.type == 'cuda'; own = lambda e: e.self_device_time_total if gpu else e.self_cpu_time_total
-    events = sorted(prof.key_averages(), key=own, reverse=True); total = sum(map(own, events))
+    gpu = o.device.type == 'cuda'
+    own = lambda e: e.self_device_time_total if gpu else e.self_cpu_time_total
+    events = sorted(prof.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events))
     return [dict(operation=e.key, share=own(e)/total, calls=e.count) for e in events[:14]]
 
 def together(config, pairs, o) -> list[dict]:
     "Training readouts side by side over one frozen pass: time over that of the first alone."
-    backbone = Backbone(T5Model(config), train_transformer=False).to(o.device); encoder = without_decoder(backbone); a, rows = accelerator(str(o.device), o.precision), []
+    backbone = Backbone(T5Model(config), train_transformer=False).to(o.device)
+    encoder = without_decoder(backbone)
+    a, rows = accelerator(str(o.device), o.precision), []
     b = PairBatches(pairs, 0, o.plain_step, o.budget or 4096, 103)
     def trained(names, backbone):
-        models = [readout_class(n)(backbone) for n in names]; opts = [adam(m, fused=True) for m in models]; share = SharedPass(backbone, models)
+        models = [readout_class(n)(backbone) for n in names]
+        opts = [adam(m, fused=True) for m in models]
+        share = SharedPass(backbone, models)
         def step(i):
-            s = next(ahead(b.steps(0, i), o.device)); s = replace(s, micro_batches=[share(m) for m in s.micro_batches])
+            s = next(ahead(b.steps(0, i), o.device))
+            s = replace(s, micro_batches=[share(m) for m in s.micro_batches])
             for m, opt in zip(models, opts): train_step(m, opt, pair_loss, s, b.ids, a)
         return step
     one = trained(['layerwise_attention'], encoder)
     cases = {'layerwise attention, 3 seeds': trained(['layerwise_attention']*3, encoder), 'both readouts of all tokens': trained(['layerwise_attention', 'full_attention_pooling'], encoder),
              'all five readouts': trained(choices('model'), backbone), 'all five readouts, 3 seeds': trained(choices('model')*3, backbone)}
     for name, f in cases.items():
-        one(0); f(0); rows.append(dict(runs=name, over_one=statistics.median(timed(o.device, lambda: f(i))[0]/timed(o.device, lambda: one(i))[0] for i in range(1, o.n + 1))))
+        one(0)
+        f(0)
+        rows.append(dict(runs=name, over_one=statistics.median(timed(o.device, lambda: f(i))[0]/timed(o.device, lambda: one(i))[0] for i in range(1, o.n + 1))))
     return rows
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #8a52f821
@@ -199,13 +239,20 @@ def against_trl(config, pairs, o) -> dict:
     except ImportError: raise ConfigError("--against trl: TRL is not installed; pip install 'trl==1.16.0'") from None
     from transformers import T5ForSequenceClassification
     if not o.tokenizer: raise ConfigError('--against trl: TRL needs a tokenizer; give --data and --tokenizer')
-    config = copy.deepcopy(config); config.num_labels = 1; set_seed(103)
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    set_seed(103)
     with tempfile.TemporaryDirectory() as folder:
         args = RewardConfig(folder, per_device_train_batch_size=o.trl_step, max_steps=o.n + 1, logging_steps=1, report_to=[], save_strategy='no', use_cpu=o.device.type == 'cpu', max_length=512, bf16=o.precision == 'bf16')
         trainer = RewardTrainer(T5ForSequenceClassification(config), args=args, train_dataset=pairs.select_columns(['chosen', 'rejected']), processing_class=o.tokenizer)
-        ends = []; training_step = trainer.training_step
-        def timed_step(*a, **kw): out = training_step(*a, **kw); ends.append(time.perf_counter()); return out
-        trainer.training_step = timed_step; trainer.train()
+        ends = []
+        training_step = trainer.training_step
+        def timed_step(*a, **kw):
+            out = training_step(*a, **kw)
+            ends.append(time.perf_counter())
+            return out
+        trainer.training_step = timed_step
+        trainer.train()
     return dict(name='TRL RewardTrainer', pairs_per_second=statistics.median(o.trl_step/(b - a) for a, b in zip(ends, ends[1:])), step_pairs=o.trl_step)
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #497f3374
@@ -219,16 +266,21 @@ def machine(device) -> dict:
 
 def load_pairs(o, vocab_size): # tokenized pairs of a folder, or random ones
     if not o.data: return random_pairs(max((o.n + 1)*max(o.step, o.plain_step), *o.step_sizes), vocab_size)
-    o.tokenizer = load_tokenizer(o.tokenizer_name); counts = defaultdict(Counter)
+    o.tokenizer = load_tokenizer(o.tokenizer_name)
+    counts = defaultdict(Counter)
     return tokenize_pairs(read_pairs(pairs_folder(o.data, o.subsets), o.subsets, 'train', counts), o.tokenizer, 512, 'drop', 'train', counts)
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #873aac81
 def benchmark(o) -> dict:
     "Run the parts and return their rows."
-    config = flan_t5_config(o.size, dropout_rate=o.dropout); pairs = load_pairs(o, config.vocab_size)
+    config = flan_t5_config(o.size, dropout_rate=o.dropout)
+    pairs = load_pairs(o, config.vocab_size)
     need = (o.n + 1)*max(o.step, o.plain_step)
-    if 'ways' in o.parts and len(pairs) < need: raise ConfigError(f'--data {o.data}: {len(pairs)} pairs, {need} are needed for {o.n + 1} steps; lower --steps or --step-size')
-    a = accelerator(str(o.device), o.precision); o.precision = precision_name(a); m = machine(o.device)
+    if 'ways' in o.parts and len(pairs) < need:
+        raise ConfigError(f'--data {o.data}: {len(pairs)} pairs, {need} are needed for {o.n + 1} steps; lower --steps or --step-size')
+    a = accelerator(str(o.device), o.precision)
+    o.precision = precision_name(a)
+    m = machine(o.device)
     o.rate = matmul_rate(o.device, torch.bfloat16 if o.precision == 'bf16' else torch.float32, 2048)
     out = dict(machine=m, size=o.size, precision=o.precision, data=Path(o.data).name if o.data else 'random', dropout=o.dropout, compile=o.compile, n_steps=o.n, rate=o.rate)
     if 'ways' in o.parts: out['ways'] = compare_ways(config, pairs, o)
@@ -245,23 +297,32 @@ def tables(r:dict) -> str: # Markdown
     "The rows as tables for people."
     gib, line = lambda b: f'{b/2**30:.2f}', lambda *xs: '| ' + ' | '.join(map(str, xs)) + ' |'
     head = lambda *xs: '\n' + line(*xs) + '\n' + line(*['---']*len(xs))
-    m = r['machine']; out = [f'{m["gpu"] or m["cpu"]}, {m["threads"]} threads, matrix products {" and ".join(f"{v/1e9:,.0f} GFLOP/s {k}" for k, v in m["product_rate"].items())}; flan-t5-{r["size"]}, {r["precision"]}, {r["data"]} pairs, dropout {r["dropout"]:g}']
-    if 'ways' in r: out += [head('readout', 'plain, pairs/s', 'ours, pairs/s', 'ratio (lowest to highest)', 'ours, tokens/s', 'useful, plain', 'useful, ours', 'share of product rate, plain', 'ours')] + [
+    m = r['machine']
+    out = [f'{m["gpu"] or m["cpu"]}, {m["threads"]} threads, matrix products {" and ".join(f"{v/1e9:,.0f} GFLOP/s {k}" for k, v in m["product_rate"].items())}; flan-t5-{r["size"]}, {r["precision"]}, {r["data"]} pairs, dropout {r["dropout"]:g}']
+    if 'ways' in r:
+        out += [head('readout', 'plain, pairs/s', 'ours, pairs/s', 'ratio (lowest to highest)', 'ours, tokens/s', 'useful, plain', 'useful, ours', 'share of product rate, plain', 'ours')] + [
         line(w['readout'], f'{w["plain"]["pairs_per_second"]:.2f}', f'{w["ours"]["pairs_per_second"]:.2f}', f'**{w["ratio"]:.1f}** ({w["lowest"]:.1f} to {w["highest"]:.1f})', f'{w["ours"]["tokens_per_second"]:,.0f}',
              *(f'{w[k][x]:.0%}' for x in ('useful', 'share') for k in ('plain', 'ours'))) for w in r['ways']]
-    if 'memory' in r: out += [head('memory', 'pairs a step', 'peak GiB')] + [line(x['way'], x['step_pairs'], gib(x['peak_bytes'])) for x in r['memory']]
-    if 'trl' in r: out.append(f'\n{r["trl"]["name"]}: {r["trl"]["pairs_per_second"]:.2f} pairs/s in steps of {r["trl"]["step_pairs"]}')
-    if 'readouts' in r: out += [head('readout', 'time over the bare encoder')] + [line(x['readout'], f'{x["over_encoder"]:.2f}x') for x in r['readouts']]
+    if 'memory' in r:
+        out += [head('memory', 'pairs a step', 'peak GiB')] + [line(x['way'], x['step_pairs'], gib(x['peak_bytes'])) for x in r['memory']]
+    if 'trl' in r:
+        out.append(f'\n{r["trl"]["name"]}: {r["trl"]["pairs_per_second"]:.2f} pairs/s in steps of {r["trl"]["step_pairs"]}')
+    if 'readouts' in r:
+        out += [head('readout', 'time over the bare encoder')] + [line(x['readout'], f'{x["over_encoder"]:.2f}x') for x in r['readouts']]
     if 'growth' in r: out += [head('grows with', '', 'pairs/s', 'tokens/s', 'share of product rate')] + [
         line(x['what'], x['value'], f'{x["pairs_per_second"]:.2f}', f'{x["tokens_per_second"]:,.0f}', f'{x["share"]:.0%}') for x in r['growth']]
     if 'attention' in r:
-        names = list(dict.fromkeys(x['attention'] for x in r['attention'])); ms = {(x['attention'], x['length']): f'{1e3*x["seconds"]:.0f}' for x in r['attention']}
+        names = list(dict.fromkeys(x['attention'] for x in r['attention']))
+        ms = {(x['attention'], x['length']): f'{1e3*x["seconds"]:.0f}' for x in r['attention']}
         out += [head('longest text, tokens', *(f'{n}, ms' for n in names))] + [line(k, *(ms[n, k] for n in names)) for k in dict.fromkeys(x['length'] for x in r['attention'])]
     if 'frozen' in r: out += [head('on kept states', 'pairs/s', 'kept, MiB', 'build, s', 'open, s')] + [
         line(x['readout'], f'{x["pairs_per_second"]:,.0f}', f'{x["kept_bytes"]/2**20:,.0f}', f'{x["build_seconds"]:.1f}', f'{x["hit_seconds"]:.2f}') for x in r['frozen']]
-    if 'together' in r: out += [head('over one frozen pass', 'time over one run')] + [line(x['runs'], f'{x["over_one"]:.2f}x') for x in r['together']]
-    if 'ladder' in r: out += [head('one change at a time', 'times plain', 'first step, s')] + [line(x['change'], f'{x["ratio"]:.1f}', f'{x["first_step"]:.0f}') for x in r['ladder']]
-    if 'profile' in r: out += [head('operation', 'share of a step', 'calls')] + [line(x['operation'], f'{x["share"]:.1%}', x['calls']) for x in r['profile']]
+    if 'together' in r:
+        out += [head('over one frozen pass', 'time over one run')] + [line(x['runs'], f'{x["over_one"]:.2f}x') for x in r['together']]
+    if 'ladder' in r:
+        out += [head('one change at a time', 'times plain', 'first step, s')] + [line(x['change'], f'{x["ratio"]:.1f}', f'{x["first_step"]:.0f}') for x in r['ladder']]
+    if 'profile' in r:
+        out += [head('operation', 'share of a step', 'calls')] + [line(x['operation'], f'{x["share"]:.1%}', x['calls']) for x in r['profile']]
     return '\n'.join(out)
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #a5cb59e1
@@ -269,15 +330,24 @@ def plot(r:dict):
     "Ratios by readout, attention by length, share of the product rate by length."
     fig, axes = figure(3, width=3.6)
     if 'ways' in r: 
-        names = [w['readout'].replace('_', ' ') for w in r['ways']]; v = np.array([[w[k] for w in r['ways']] for k in ('ratio', 'lowest', 'highest')])
-        axes[0].barh(names, v[0], xerr=[v[0] - v[1], v[2] - v[0]], height=.6); axes[0].set(xlabel='times the plain way', title='pairs per second'); axes[0].invert_yaxis()
+        names = [w['readout'].replace('_', ' ') for w in r['ways']]
+        v = np.array([[w[k] for w in r['ways']] for k in ('ratio', 'lowest', 'highest')])
+        axes[0].barh(names, v[0], xerr=[v[0] - v[1], v[2] - v[0]], height=.6)
+        axes[0].set(xlabel='times the plain way', title='pairs per second')
+        axes[0].invert_yaxis()
     for name in dict.fromkeys(x['attention'] for x in r.get('attention', ())):
-        xy = [(x['length'], 1e3*x['seconds']) for x in r['attention'] if x['attention'] == name]; axes[1].plot(*zip(*xy), marker='o', ms=3, label=name)
+        xy = [(x['length'], 1e3*x['seconds']) for x in r['attention'] if x['attention'] == name]
+        axes[1].plot(*zip(*xy), marker='o', ms=3, label=name)
     if 'attention' in r:
-        axes[1].set(xscale='log', xlabel='longest text, tokens', ylabel='ms', ylim=(0, None), title='attention, 4,096 tokens'); axes[1].legend()
-        lengths = sorted({x['length'] for x in r['attention']}); axes[1].set_xticks(lengths, lengths); axes[1].minorticks_off()
+        axes[1].set(xscale='log', xlabel='longest text, tokens', ylabel='ms', ylim=(0, None), title='attention, 4,096 tokens')
+        axes[1].legend()
+        lengths = sorted({x['length'] for x in r['attention']})
+        axes[1].set_xticks(lengths, lengths)
+        axes[1].minorticks_off()
     grown = [(x['value'], 100*x['share']) for x in r.get('growth', ()) if x['what'] == 'tokens a text']
-    if grown: axes[2].plot(*zip(*grown), marker='o', ms=3); axes[2].set(xlabel='tokens a text', ylabel='% of the product rate', ylim=(0, 110), title='a training step')
+    if grown:
+        axes[2].plot(*zip(*grown), marker='o', ms=3)
+        axes[2].set(xlabel='tokens a text', ylabel='% of the product rate', ylim=(0, 110), title='a training step')
     return fig
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #3bd17294
@@ -286,11 +356,15 @@ def main(o):
     "The command `python -m rlhf_flant5.benchmark`."
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     log.setLevel(logging.INFO)
-    if bool(o.data) != bool(o.tokenizer_name): raise ConfigError('--data and --tokenizer: give both, or neither for random tokens')
-    o.tokenizer, o.device = None, best_device(o.device); r = benchmark(o)
+    if bool(o.data) != bool(o.tokenizer_name):
+        raise ConfigError('--data and --tokenizer: give both, or neither for random tokens')
+    o.tokenizer, o.device = None, best_device(o.device)
+    r = benchmark(o)
     print(tables(r))
     if o.out:
-        o.out.mkdir(parents=True, exist_ok=True); (o.out/'benchmark.json').write_text(json.dumps(r, indent=1), encoding='utf-8'); plot(r).savefig(o.out/'benchmark.png', dpi=150)
+        o.out.mkdir(parents=True, exist_ok=True)
+        (o.out/'benchmark.json').write_text(json.dumps(r, indent=1), encoding='utf-8')
+        plot(r).savefig(o.out/'benchmark.png', dpi=150)
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #8777777e
 #| eval: false

@@ -16,18 +16,29 @@ UNITS = dict(bf16=1e12, fp32=1e12, memory=1e9, bandwidth=1e9, link=1e9, network=
 
 def scaling_parser():
     p = new_parser('scaling')
-    both = p.add_subparsers(dest='what', required=True); add = both.add_parser('plan', help='what fits, what a step takes, which strategy to take').add_argument
-    add('--sizes', nargs='+', default=['base', 'xl', 'xxl'], choices=SIZES, help='of FLAN-T5'); add('--decoder', action='store_true', help='for the readouts of the decoder')
-    add('--gpus', nargs='+', type=int, default=[1, 8, 64, 1024], help='numbers of GPUs'); add('--gpu', default='h100', choices=GPUS, help='the preset that what follows changes')
+    both = p.add_subparsers(dest='what', required=True)
+    add = both.add_parser('plan', help='what fits, what a step takes, which strategy to take').add_argument
+    add('--sizes', nargs='+', default=['base', 'xl', 'xxl'], choices=SIZES, help='of FLAN-T5')
+    add('--decoder', action='store_true', help='for the readouts of the decoder')
+    add('--gpus', nargs='+', type=int, default=[1, 8, 64, 1024], help='numbers of GPUs')
+    add('--gpu', default='h100', choices=GPUS, help='the preset that what follows changes')
     for k, help in dict(bf16='peak of dense products, Tflop/s', fp32='the same in float32', memory='GB a GPU', bandwidth='GB/s of that memory', link='GB/s of a GPU within its machine, in one direction',
                         network='GB/s of a machine', hop='µs a message waits at a GPU', network_hop='µs it waits at a machine', reach='%% of the peak that training reaches',
-                        link_reach='%% of the links', usable='%% of the memory').items(): add('--' + k.replace('_', '-'), type=float, help=help)
-    add('--per-machine', type=int, help='GPUs'); add('--batch-size', type=int, default=4096, help='pairs in a step, over all GPUs'); add('--precision', default='bf16', choices=('bf16', 'fp32'))
+                        link_reach='%% of the links', usable='%% of the memory').items():
+                            add('--' + k.replace('_', '-'), type=float, help=help)
+    add('--per-machine', type=int, help='GPUs')
+    add('--batch-size', type=int, default=4096, help='pairs in a step, over all GPUs')
+    add('--precision', default='bf16', choices=('bf16', 'fp32'))
     add = both.add_parser('measure', help='the program itself on one process and on several').add_argument
-    add('--out', type=Path, required=True, help='folder for worlds.json and exchange.json'); add('--parts', nargs='+', default=['worlds', 'exchange'], choices=['worlds', 'exchange'], help='the program in several worlds, and the exchange alone')
-    add('--processes', nargs='+', type=int, default=[1, 2, 4], help='the first is compared with'); add('--batches', type=int, default=20, help='of each world'); add('--settings', nargs='*', default=['device_name=cpu'], help='more settings of the runs, key=value')
-    add('--device', default='cpu', choices=('cpu', 'cuda'), help='of the exchange'); add('--size', default='small', choices=SIZES, help='of FLAN-T5, random weights')
-    add('--pairs', type=int, default=4, help='in its one micro-batch'); add('--steps', dest='n', type=int, default=10, help='measured, behind one of warm-up')
+    add('--out', type=Path, required=True, help='folder for worlds.json and exchange.json')
+    add('--parts', nargs='+', default=['worlds', 'exchange'], choices=['worlds', 'exchange'], help='the program in several worlds, and the exchange alone')
+    add('--processes', nargs='+', type=int, default=[1, 2, 4], help='the first is compared with')
+    add('--batches', type=int, default=20, help='of each world')
+    add('--settings', nargs='*', default=['device_name=cpu'], help='more settings of the runs, key=value')
+    add('--device', default='cpu', choices=('cpu', 'cuda'), help='of the exchange')
+    add('--size', default='small', choices=SIZES, help='of FLAN-T5, random weights')
+    add('--pairs', type=int, default=4, help='in its one micro-batch')
+    add('--steps', dest='n', type=int, default=10, help='measured, behind one of warm-up')
     return p
 
 # %% ../nbs/80_programs/84_scaling.ipynb #34b7db0d
@@ -60,8 +71,10 @@ def _plan(o) -> str:
         if not v > 0: raise ConfigError(f'--{k.replace("_", "-")} {getattr(o, k)}: must be more than 0')
     for k, v in dict(gpus=min(o.gpus), batch_size=o.batch_size).items():
         if v < 1: raise ConfigError(f'--{k.replace("_", "-")} {v}: must be at least 1')
-    if o.batch_size < max(o.gpus): raise ConfigError(f'--batch-size {o.batch_size}: {max(o.gpus)} GPUs need a pair each, at least; raise it or name fewer --gpus')
-    park = replace(PARKS[o.gpu], **changes); [park.machines(n) for n in o.gpus]
+    if o.batch_size < max(o.gpus):
+        raise ConfigError(f'--batch-size {o.batch_size}: {max(o.gpus)} GPUs need a pair each, at least; raise it or name fewer --gpus')
+    park = replace(PARKS[o.gpu], **changes)
+    [park.machines(n) for n in o.gpus]
     rows = plan(park, o.sizes, o.gpus, o.batch_size, like_hh_rlhf(), o.decoder, o.precision == 'bf16')
     peak = park.bf16 if o.precision == 'bf16' else park.fp32
     said = f'{o.gpu}{" with changes" if changes else ""}, {o.precision}: {peak/1e12:,.0f} Tflop/s at {park.reach:.0%}, {park.memory/1e9:.0f} GB at {park.usable:.0%}; links of {park.link/1e9:g} GB/s and {park.network/1e9:g} GB/s a machine of {park.per_machine} at {park.link_reach:.0%}'
@@ -86,7 +99,8 @@ def two_worlds(root:Path,                                                # runs 
         desc = f'{strategy}-{n}'
         overrides = [f'desc={desc}', 'index=1', *SAME, f'training.loop.n_batches={n_batches}', f'distributed.n_processes={n}', f'distributed.strategy={strategy}', *settings]
         done = subprocess.run([sys.executable, '-m', 'rlhf_flant5.train', *overrides], encoding='utf-8', errors='replace', capture_output=True, env=os.environ | dict(RESULTS_ROOT_DIR=str(root)))
-        if done.returncode: raise RuntimeError(f'{desc} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ["no word"])[-1]}')
+        if done.returncode:
+            raise RuntimeError(f'{desc} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ["no word"])[-1]}')
         results = root/'Reward-Model-Training'/f'desc-{desc},index-1'/'results'
         history = [json.loads(l) for l in (results/'history.jsonl').read_text(encoding='utf-8').splitlines()]
         reports = {k: {h['batch']: h[k] for h in history if k in h} for k in ('train/loss', 'validation/loss', 'validation/accuracy')}
@@ -99,21 +113,25 @@ def apart(worlds:list[dict]) -> list[dict]: # a row for each world but the first
     one, rows = worlds[0], []
     for w in worlds[1:]:
         gap = lambda k: [abs(w[k][b] - one[k][b]) for b in one[k]]
-        if any(w[k].keys() != one[k].keys() for k in ('train/loss', 'validation/accuracy')): raise RuntimeError(f'{w["strategy"]} on {w["n"]} reported other batches than the first world')
+        if any(w[k].keys() != one[k].keys() for k in ('train/loss', 'validation/accuracy')):
+            raise RuntimeError(f'{w["strategy"]} on {w["n"]} reported other batches than the first world')
         rows.append(dict(n=w['n'], strategy=w['strategy'], train=gap('train/loss'), validation_loss=max(gap('validation/loss')), validation_accuracy=max(gap('validation/accuracy')),
                          moved=max(one['train/loss'].values()) - min(one['train/loss'].values()), pairs_per_second=w['summary']['pairs_per_second'], alone=one['summary']['pairs_per_second']))
     return rows
 
 # %% ../nbs/80_programs/84_scaling.ipynb #be499703
 def _timed(device, f) -> float: # seconds
-    dist.barrier(); begun = time.perf_counter(); f()
+    dist.barrier()
+    begun = time.perf_counter()
+    f()
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter() - begun
 
 def _exchange(o) -> int: # in each process
     a, seconds, cls = Accelerator(cpu=o.device == 'cpu'), {}, readout_class('attention_pooled_encoder')
     ids = [np.random.default_rng(1).integers(3, 32000, k).tolist() for k in like_hh_rlhf(o.pairs).T.flatten()]       # the same in all processes: nobody waits
-    inputs = {k: v.to(a.device) for k, v in pad_ids(ids, 0).items()}; big = torch.ones(2**24, device=a.device)
+    inputs = {k: v.to(a.device) for k, v in pad_ids(ids, 0).items()}
+    big = torch.ones(2**24, device=a.device)
     models = {k: share_model(cls(Backbone(T5EncoderModel(flan_t5_config(o.size, dropout_rate=0.)))), k, a) for k in ('ddp', 'fsdp')}
     def step(model, alone=False):
         model.zero_grad()
@@ -125,15 +143,18 @@ def _exchange(o) -> int: # in each process
         n, median = n_processes(), {k: statistics.median(v[1:]) for k, v in seconds.items()}                         # behind one of warm-up
         ratios = {k: sorted(x/y for x, y in zip(seconds[k][1:], seconds['alone'][1:])) for k in ('ddp', 'fsdp')}
         o.path.write_text(json.dumps(dict(n=n, device=o.device, size=o.size, pairs=o.pairs, lengths=[len(x) for x in ids], seconds=median, ratios=ratios, link=2*(n - 1)/n*big.nbytes/median['link'])), encoding='utf-8')
-    dist.destroy_process_group(); return 0
+    dist.destroy_process_group()
+    return 0
 
 # %% ../nbs/80_programs/84_scaling.ipynb #4a1bdfd3
 def measure_exchange(o) -> list[dict]: # of each number of processes above 1; o: options of `measure`
     "Seconds of a step alone, with DDP's exchange and with FSDP's, in processes of this machine."
     out, path = [], o.out/'.exchange'
     for n in (n for n in o.processes if n > 1):
-        if code := launch(n, _exchange, NS(**vars(o) | dict(path=path))): raise RuntimeError(f'the exchange in {n} processes ended with {code}')
-        out.append(json.loads(path.read_text(encoding='utf-8'))); path.unlink()
+        if code := launch(n, _exchange, NS(**vars(o) | dict(path=path))):
+            raise RuntimeError(f'the exchange in {n} processes ended with {code}')
+        out.append(json.loads(path.read_text(encoding='utf-8')))
+        path.unlink()
     return out
 
 # %% ../nbs/80_programs/84_scaling.ipynb #3aefdee4
@@ -160,14 +181,22 @@ def exchange_table(rows:list[dict]) -> str: # Markdown; rows of `measure_exchang
 # %% ../nbs/80_programs/84_scaling.ipynb #84c53075
 def measure(o) -> str: # tables
     "The command `measure`: writes what it measured, and returns it as tables."
-    if min(o.pairs, o.n, o.batches, *o.processes) < 1: raise ConfigError('--pairs, --steps, --batches and --processes: must be at least 1')
-    o.out.mkdir(parents=True, exist_ok=True); tables = []
+    if min(o.pairs, o.n, o.batches, *o.processes) < 1:
+        raise ConfigError('--pairs, --steps, --batches and --processes: must be at least 1')
+    o.out.mkdir(parents=True, exist_ok=True)
+    tables = []
     if 'worlds' in o.parts:
-        if (o.out/'runs').exists(): raise ConfigError(f'--out {o.out}: holds the runs of an earlier measurement; name another folder')
-        (o.out/'runs').mkdir(); worlds = [(n, s) for n in o.processes for s in ('ddp', 'fsdp')[:1 + (n == 2)]]
-        rows = apart(two_worlds(o.out/'runs', worlds, o.batches, o.settings)); (o.out/'worlds.json').write_text(json.dumps(rows, indent=1), encoding='utf-8'); tables.append(worlds_table(rows))
+        if (o.out/'runs').exists():
+            raise ConfigError(f'--out {o.out}: holds the runs of an earlier measurement; name another folder')
+        (o.out/'runs').mkdir()
+        worlds = [(n, s) for n in o.processes for s in ('ddp', 'fsdp')[:1 + (n == 2)]]
+        rows = apart(two_worlds(o.out/'runs', worlds, o.batches, o.settings))
+        (o.out/'worlds.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+        tables.append(worlds_table(rows))
     if 'exchange' in o.parts:
-        rows = measure_exchange(o); (o.out/'exchange.json').write_text(json.dumps(rows, indent=1), encoding='utf-8'); tables.append(exchange_table(rows))
+        rows = measure_exchange(o)
+        (o.out/'exchange.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+        tables.append(exchange_table(rows))
     return '\n\n'.join(tables)
 
 # %% ../nbs/80_programs/84_scaling.ipynb #81c4ca7e

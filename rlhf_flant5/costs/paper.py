@@ -38,7 +38,8 @@ class Park:
 
     def machines(self, n:int) -> tuple[int, int]: # GPUs of each, machines
         "How `n` GPUs stand. Raises `ConfigError` unless their machines are full."
-        if n > self.per_machine and n % self.per_machine: raise ConfigError(f'{n} GPUs: machines have {self.per_machine}, so more than one of them must be full; take a multiple of {self.per_machine}')
+        if n > self.per_machine and n % self.per_machine:
+            raise ConfigError(f'{n} GPUs: machines have {self.per_machine}, so more than one of them must be full; take a multiple of {self.per_machine}')
         return min(n, self.per_machine), -(-n//self.per_machine)
 
 PARKS = {p.name: p for p in (Park('h100', 989e12, 67e12, 80e9, 3.35e12, 450e9, 400e9), Park('h200', 989e12, 67e12, 141e9, 4.8e12, 450e9, 400e9),
@@ -57,7 +58,8 @@ class Architecture:
     matrices: int                   # weights of the linear layers in use
     gradients: tuple[tuple, ...]    # (weights, in the encoder's blocks?) of each trained tensor, in the order of the module
     @property
-    def outside(self) -> int: return self.parameters - sum(self.encoder) - sum(self.decoder)   # embedding and last norms
+    def outside(self) -> int:
+        return self.parameters - sum(self.encoder) - sum(self.decoder)   # embedding and last norms
 
 @cache
 def architecture(size:str,            # base, large, xl, …
@@ -65,8 +67,10 @@ def architecture(size:str,            # base, large, xl, …
                  **changes            # of the `T5Config`
                 ) -> Architecture:
     "Counted on the meta device."
-    with torch.device('meta'): t = Backbone((T5Model if decoder else T5EncoderModel)(flan_t5_config(size, **changes))).transformer
-    count = lambda ps: sum(p.numel() for p in ps); blocks = lambda stack: tuple(count(b.parameters()) for b in stack.block)
+    with torch.device('meta'):
+        t = Backbone((T5Model if decoder else T5EncoderModel)(flan_t5_config(size, **changes))).transformer
+    count = lambda ps: sum(p.numel() for p in ps)
+    blocks = lambda stack: tuple(count(b.parameters()) for b in stack.block)
     gradients = tuple((p.numel(), n.startswith('encoder.block')) for n, p in t.named_parameters() if p.requires_grad)
     return Architecture(size, t.config, count(t.parameters()), sum(k for k, _ in gradients), blocks(t.encoder), blocks(t.decoder) if decoder else (),
                         sum(m.weight.numel() for m in t.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad), gradients)
@@ -87,7 +91,8 @@ class Setup:
     @property
     def rate(self) -> float: return self.park.reach*(self.park.bf16 if self.bf16 else self.park.fp32)   # operations/s
     @property
-    def forward(self) -> float: return 1/4 if self.checkpointing else 1/3   # share of a pass's time; backward takes twice as long, recomputing as long
+    def forward(self) -> float:
+        return 1/4 if self.checkpointing else 1/3   # share of a pass's time; backward takes twice as long, recomputing as long
 
 # %% ../../nbs/70_costs/71_paper.ipynb #7193c5ff
 def activation_bytes(s:Setup) -> int: # a token
@@ -104,7 +109,8 @@ def memory(s:Setup,
     "Where the memory goes when it is fullest: at the end of a forward pass, in a step of several micro-batches."
     m = s.model
     out = dict(weights=4*m.parameters/s.shards, gradients=4*m.trained/s.shards, moments=8*m.trained/s.shards)
-    if s.shards > 1: out |= {'gathered': 4*(m.outside + 2*max(m.encoder + m.decoder)), 'gradients of a step': 4*m.trained}
+    if s.shards > 1:
+        out |= {'gathered': 4*(m.outside + 2*max(m.encoder + m.decoder)), 'gradients of a step': 4*m.trained}
     return out | dict(copies=2*m.matrices*s.bf16, activations=n_tokens*activation_bytes(s))
 
 # %% ../../nbs/70_costs/71_paper.ipynb #ea10d078
@@ -139,7 +145,8 @@ def buckets(m:Architecture, cap:int=25*2**20) -> np.ndarray: # (2, buckets): byt
     out, total = [[0, 0]], sum(k for k, heavy in m.gradients if heavy)
     for k, heavy in reversed(m.gradients):
         if out[-1][0] >= (cap if len(out) > 1 else 2**20): out.append([0, out[-1][1]])
-        out[-1][0] += 4*k; out[-1][1] += heavy*k/total      # the decoder has one position, the embedding no product: neither takes time
+        out[-1][0] += 4*k
+        out[-1][1] += heavy*k/total      # the decoder has one position, the embedding no product: neither takes time
     return np.array(out).T
 
 # %% ../../nbs/70_costs/71_paper.ipynb #676b1ca1
@@ -157,8 +164,10 @@ def step_time(s:Setup,
         e = [all_reduce_seconds(s.park, n, b) for b in buckets(m)[0]]
         traffic, links = sum(e), max(over(sum(e), c*(1 - s.forward)*(n_micro == 1)), e[-1])
     else:
-        enc, dec = (sum(gather_seconds(s.park, n, 4*b) for b in stack) for stack in (m.encoder, m.decoder)); first, out = (gather_seconds(s.park, n, 4*b) for b in (m.encoder[0], m.outside))
-        forward, backward = c*s.forward/full, c*(1 - s.forward)/full; both = 2*dec + out + 2*first
+        enc, dec = (sum(gather_seconds(s.park, n, 4*b) for b in stack) for stack in (m.encoder, m.decoder))
+        first, out = (gather_seconds(s.park, n, 4*b) for b in (m.encoder[0], m.outside))
+        forward, backward = c*s.forward/full, c*(1 - s.forward)/full
+        both = 2*dec + out + 2*first
         traffic, hidden = n_micro*(2*(enc + dec) + out) + enc + dec + out, over(enc - first, forward) + over(enc - first, backward)
         if n_micro == 1: links = both + over(enc - first, forward) + max(over(2*enc + dec - first, backward), out)
         else: links = full*(both + hidden) + 2*(enc + dec) + out + enc + dec + out

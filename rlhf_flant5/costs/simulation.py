@@ -24,7 +24,8 @@ def simulate_balance(lengths:np.ndarray,  # tokens of the pairs that steps are d
                      seed:int=103,
                      way:str='dealt'      # dealt by tokens, in turn, or padded: in turn, and each side of a process's pairs one rectangle
                     ) -> float:
-    "Share of its time that the mean process waits for the slowest, over random steps, if tokens are all that takes time."
+    """Share of its time that the mean process waits for the slowest, over random steps,
+    if tokens are all that takes time."""
     rng, idle = np.random.default_rng(seed), []
     for _ in range(n_steps):
         l = lengths[random_rows(lengths, batch_size, rng)]
@@ -35,7 +36,8 @@ def simulate_balance(lengths:np.ndarray,  # tokens of the pairs that steps are d
 
 # %% ../../nbs/70_costs/72_simulation.ipynb #7e22a47f
 def like_hh_rlhf(n:int=8192, seed:int=103, max_tokens:int=512) -> np.ndarray: # tokens of both texts, (n, 2)
-    "Lengths of pairs as HH-RLHF has them: prompt and reply, log-normal with medians 160 and 30 before long ones are dropped."
+    """Lengths of pairs as HH-RLHF has them: prompt and reply,
+    log-normal with medians 160 and 30 before long ones are dropped."""
     rng = np.random.default_rng(seed)
     l = np.ceil(rng.lognormal(np.log(160), 1.5, (3*n + 100, 1)) + rng.lognormal(np.log(30), 1.3, (3*n + 100, 2))).astype(int)
     return l[(l <= max_tokens).all(1)][:n]
@@ -64,7 +66,8 @@ def fsdp_seconds(s:Setup, t:np.ndarray # of the micro-batches, (processes, micro
     "A block waits for its weights; they are asked for when the block before begins, and come when all have asked."
     m, own, link = s.model, np.zeros(len(t)), 0.
     share = np.array([*m.encoder] + [0]*len(m.decoder))/sum(m.encoder)      # of a pass's time; the decoder has one position
-    *g, out = (gather_seconds(s.park, s.n, 4*b) for b in (*m.encoder, *m.decoder, m.outside)); blocks = range(len(g))
+    *g, out = (gather_seconds(s.park, s.n, 4*b) for b in (*m.encoder, *m.decoder, m.outside))
+    blocks = range(len(g))
     for i in range(t.shape[1]):
         for backward, order in ((False, [*blocks]), (True, [*reversed(blocks)])):
             ready = link = max(link, own.max()) + g[order[0]] + out*(not backward)
@@ -72,7 +75,8 @@ def fsdp_seconds(s:Setup, t:np.ndarray # of the micro-batches, (processes, micro
                 begin = np.maximum(own, ready)
                 if after is not None: ready = link = max(link, begin.max()) + g[after]
                 own = begin + t[:, i]*share[b]*(1 - s.forward if backward else s.forward)
-                if backward and i + 1 == t.shape[1]: link = max(link, own.max()) + g[b]     # the block's gradients, summed and scattered
+                if backward and i + 1 == t.shape[1]:
+                    link = max(link, own.max()) + g[b]     # the block's gradients, summed and scattered
     return max(link, own.max()) + out
 
 # %% ../../nbs/70_costs/72_simulation.ipynb #3e41fadd
@@ -89,7 +93,8 @@ def simulate(s:Setup,
     n, rng, optimizer, rows = min(s.n, seen), np.random.default_rng(seed), 32*s.model.trained/s.shards/s.park.bandwidth, []
     seconds, speed = operations(s.model, lengths)*(4/3 if s.checkpointing else 1)/s.rate, np.exp(rng.normal(0, spread*(n > 1), n))
     for _ in range(n_steps):
-        r = random_rows(lengths, batch_size*n//s.n, rng); t = dealt_step(n, lengths[r], budget, seconds[r])*speed[:, None]
+        r = random_rows(lengths, batch_size*n//s.n, rng)
+        t = dealt_step(n, lengths[r], budget, seconds[r])*speed[:, None]
         slowest, mean = t.sum(1).max(), seconds[r].sum()/n
         end = slowest if n == 1 else (ddp_seconds if s.shards == 1 else fsdp_seconds)(s, t)
         rows.append((mean, max(slowest - mean, 0.), end - slowest, optimizer, end + optimizer, t.shape[1]))
@@ -105,11 +110,14 @@ def pairs_for(s:Setup, lengths, budget:int, share:float=.1, most:int=512 # a GPU
              ) -> int|None: # pairs in a step; None: not with `most` for each GPU
     "The step from which on, in powers of two, the links add at most this share."
     k, found = most, None
-    while k >= 1 and links_share(s, lengths, budget, k) <= share: found = k*s.n; k //= 2
+    while k >= 1 and links_share(s, lengths, budget, k) <= share:
+        found = k*s.n
+        k //= 2
     return found
 
 def planned(s:Setup, lengths, batch_size:int, seed:int=103) -> dict: # a row of the plan
-    budget = token_budget(s); used = min(budget or 2*s.longest, round(2*lengths.max(1).mean()*batch_size/s.n))
+    budget = token_budget(s)
+    used = min(budget or 2*s.longest, round(2*lengths.max(1).mean()*batch_size/s.n))
     row = dict(size=s.model.size, n=s.n, strategy=s.strategy, checkpointing=s.checkpointing, budget=budget, bytes=sum(memory(s, used).values()), fits=budget > 0, pairs_per_second=0.)
     if not budget: return row
     t = {k: float(np.median(v)) for k, v in simulate(s, lengths, batch_size, budget, 3, seed).items()}
@@ -126,21 +134,27 @@ def plan(park:Park, sizes:Sequence[str], gpus:Sequence[int], batch_size:int, len
 def plan_table(rows:list[dict]) -> str: # Markdown
     "A plan for people; times in ms."
     names = ('FLAN-T5', 'GPUs', 'strategy', 'GB', 'tokens at once', 'step', 'compute', 'waiting', 'links add', 'traffic', 'optimizer', 'on paper', 'pairs/s', 'efficiency', 'pairs for a tenth')
-    line = lambda xs: '| ' + ' | '.join(xs) + ' |'; ms = lambda x: f'{1e3*x:,.0f}' if x >= .01 else f'{1e3*x:.1f}'
+    line = lambda xs: '| ' + ' | '.join(xs) + ' |'
+    ms = lambda x: f'{1e3*x:,.0f}' if x >= .01 else f'{1e3*x:.1f}'
     out = [line(names), line(['---']*len(names))]
     for r in rows:
         head = [r['size'], f'{r["n"]:,}', r['strategy'] + ', recomputing'*r['checkpointing'], f'{r["bytes"]/1e9:.0f}']
-        if not r['fits']: out.append(line(head[:3] + [f'{head[3]}: does not fit'] + ['–']*11)); continue
+        if not r['fits']:
+            out.append(line(head[:3] + [f'{head[3]}: does not fit'] + ['–']*11))
+            continue
         out.append(line(head + [f'{r["budget"]:,}', *(ms(r[k]) for k in ('step', 'compute', 'waiting', 'links', 'traffic', 'optimizer', 'paper')), f'{r["pairs_per_second"]:,.0f}', f'{r["efficiency"]:.0%}',
                                 f'{r["pairs_for"]:,}' if r['pairs_for'] else 'never']))
     return '\n'.join(out)
 
 def advice(rows:list[dict]) -> str: # of one size and number of GPUs
     "Which strategy to take: DDP where it fits, unless FSDP is more than 5% faster."
-    r = max(rows, key=lambda r: r['pairs_per_second']*(1.05 if r['strategy'] == 'ddp' else 1)); said = f'{r["size"]} on {r["n"]:,}: '
-    if not r['fits']: return said + 'does not fit; take more GPUs with distributed.strategy=fsdp, larger ones, or adapters (model.lora.r=8)'
+    r = max(rows, key=lambda r: r['pairs_per_second']*(1.05 if r['strategy'] == 'ddp' else 1))
+    said = f'{r["size"]} on {r["n"]:,}: '
+    if not r['fits']:
+        return said + 'does not fit; take more GPUs with distributed.strategy=fsdp, larger ones, or adapters (model.lora.r=8)'
     fits = {x['strategy'] for x in rows if x['fits']}
     why = 'one GPU holds it' if r['n'] == 1 else 'ddp fits; take it' if r['strategy'] == 'ddp' else f'take distributed.strategy=fsdp; ddp {"fits too, but is slower" if "ddp" in fits else "does not fit"}'
     return said + why + ', with model.gradient_checkpointing=true'*r['checkpointing']
 
-def advices(rows): return [advice([r for r in rows if (r['size'], r['n']) == key]) for key in dict.fromkeys((r['size'], r['n']) for r in rows)]
+def advices(rows):
+    return [advice([r for r in rows if (r['size'], r['n']) == key]) for key in dict.fromkeys((r['size'], r['n']) for r in rows)]

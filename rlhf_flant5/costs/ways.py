@@ -47,7 +47,8 @@ def plain_step(model, optimizer, batches:PairBatches, rows) -> float: # the loss
     reward = lambda texts: model.train()(**{k: v.to(next(model.parameters()).device) for k, v in pad_ids([texts[i] for i in rows], batches.pad_id).items()})
     optimizer.zero_grad()
     loss = pair_loss(torch.cat([reward(batches.chosen), reward(batches.rejected)])).mean()
-    loss.backward(); optimizer.step()
+    loss.backward()
+    optimizer.step()
     return loss.item()
 
 # %% ../../nbs/70_costs/73_ways.ipynb #12b4b0ca
@@ -56,15 +57,19 @@ def two_ways(readout:str, config:T5Config,
              **backbone     # settings of `Backbone`
             ): # (plain model, ours), same weights
     "The plain way's model and ours."
-    cls = readout_class(readout); set_seed(103)
+    cls = readout_class(readout)
+    set_seed(103)
     transformer = (T5Model if cls.reads_decoder else T5EncoderModel)(config)
     models = [PlainBackbone(transformer), Backbone(copy.deepcopy(transformer), **backbone)]
-    for i, b in enumerate(models): set_seed(103); models[i] = cls(b)
+    for i, b in enumerate(models):
+        set_seed(103)
+        models[i] = cls(b)
     return models
 
 def random_pairs(n:int, vocab_size:int, seed:int=103, max_tokens:int=512) -> Dataset: # tokenized
     "Random tokens with lengths like HH-RLHF's: log-normal, median 110, two answers behind one prompt."
-    rng = np.random.default_rng(seed); ids = lambda k: rng.integers(3, vocab_size, k).tolist()
+    rng = np.random.default_rng(seed)
+    ids = lambda k: rng.integers(3, vocab_size, k).tolist()
     rows = []
     for i in range(n):
         prompt = ids(min(int(rng.lognormal(np.log(60), .8)), max_tokens - 100))
@@ -73,7 +78,8 @@ def random_pairs(n:int, vocab_size:int, seed:int=103, max_tokens:int=512) -> Dat
     return Dataset.from_list(rows)
 
 # %% ../../nbs/70_costs/73_ways.ipynb #b3b49ea7
-def adam(model, lr:float=1e-5, fused:bool=False): return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=fused)
+def adam(model, lr:float=1e-5, fused:bool=False):
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, fused=fused)
 
 def accelerator(device:str|None, precision:str):
     "Accelerate's engine, as the training program makes it."
@@ -81,8 +87,11 @@ def accelerator(device:str|None, precision:str):
 
 def both_losses(readout, config, batches, n_steps=20, lr=3e-3, precision='fp32', device='cpu'): # (plain, ours)
     "Losses of both ways over the same draws of pairs."
-    plain, ours = two_ways(readout, config); a = accelerator(device, precision); order = epoch_order(len(batches), batches.seed, 0)
-    opts = adam(plain, lr), adam(ours, lr, fused=True); losses = [], []
+    plain, ours = two_ways(readout, config)
+    a = accelerator(device, precision)
+    order = epoch_order(len(batches), batches.seed, 0)
+    opts = adam(plain, lr), adam(ours, lr, fused=True)
+    losses = [], []
     for i, step in zip(range(n_steps), batches.steps(0)):
         losses[0].append(plain_step(plain, opts[0], batches, order[i*batches.batch_size:(i + 1)*batches.batch_size]))
         s = train_step(ours, opts[1], pair_loss, step, batches.ids, a)
@@ -101,7 +110,9 @@ class RowCounter:
     "Counts the rows that enter the encoder's feed-forward layers, while entered."
     def __init__(self, backbone): self.block, self.rows = backbone.transformer.encoder.block[0].layer[1], 0
     def _count(self, module, args): self.rows += args[0][..., 0].numel()
-    def __enter__(self): self.hook = self.block.register_forward_pre_hook(self._count); return self
+    def __enter__(self):
+        self.hook = self.block.register_forward_pre_hook(self._count)
+        return self
     def __exit__(self, *_): self.hook.remove()
 
 # %% ../../nbs/70_costs/73_ways.ipynb #35778934
@@ -112,7 +123,8 @@ def peak_bytes(device) -> int:
 
 def timed(device, f): # (seconds, what f returned)
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    begun = time.perf_counter(); out = f()
+    begun = time.perf_counter()
+    out = f()
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter() - begun, out
 
@@ -125,12 +137,16 @@ class Way:
         self.seconds, self.pairs, self.tokens, self.operations, self.rows = [], [], [], [], 0
 
     def run(self, i, warm_up=False):
-        b = self.batches; rows = epoch_order(len(b), b.seed, 0)[i*b.batch_size:(i + 1)*b.batch_size]
+        b = self.batches
+        rows = epoch_order(len(b), b.seed, 0)[i*b.batch_size:(i + 1)*b.batch_size]
         lengths = [len(t[j]) for t in (b.chosen, b.rejected) for j in rows]
         with RowCounter(self.model.backbone) as counter: seconds, _ = timed(self.device, lambda: self.step(i))
         if warm_up: return
-        self.seconds.append(seconds); self.pairs.append(len(rows)/seconds); self.tokens.append(sum(lengths))
-        self.operations.append(operations(self.model.backbone, lengths)); self.rows += counter.rows
+        self.seconds.append(seconds)
+        self.pairs.append(len(rows)/seconds)
+        self.tokens.append(sum(lengths))
+        self.operations.append(operations(self.model.backbone, lengths))
+        self.rows += counter.rows
 
     def summary(self, rate) -> dict:
         per_second = lambda xs: statistics.median(x/s for x, s in zip(xs, self.seconds))
@@ -139,14 +155,17 @@ class Way:
 
 # %% ../../nbs/70_costs/73_ways.ipynb #24402036
 def plain_way(readout, config, pairs, o) -> Way: # o: options
-    model = two_ways(readout, config)[0].to(o.device); opt, b = adam(model), PairBatches(pairs, 0, o.plain_step, 1, 103)
+    model = two_ways(readout, config)[0].to(o.device)
+    opt, b = adam(model), PairBatches(pairs, 0, o.plain_step, 1, 103)
     rows = epoch_order(len(b), 103, 0)
     return Way('plain', model, b, lambda i: plain_step(model, opt, b, rows[i*o.plain_step:(i + 1)*o.plain_step]), o.device)
 
 def our_way(readout, config, pairs, o, **backbone) -> Way:
-    model = two_ways(readout, config, **backbone)[1].to(o.device); a = accelerator(str(o.device), o.precision)
+    model = two_ways(readout, config, **backbone)[1].to(o.device)
+    a = accelerator(str(o.device), o.precision)
     opt, b = adam(model, fused=True), PairBatches(pairs, 0, o.step, 1, 103)
-    with a.autocast(): b.token_budget = o.budget or find_token_budget(model, b.micro_batch([int(b.lengths.argmax())]), o.device)
+    with a.autocast():
+        b.token_budget = o.budget or find_token_budget(model, b.micro_batch([int(b.lengths.argmax())]), o.device)
     if o.compile: model.backbone.compile_blocks()
     return Way('ours', model, b, lambda i: train_step(model, opt, pair_loss, next(ahead(b.steps(0, i), o.device)), b.ids, a), o.device)
 
