@@ -1,4 +1,6 @@
-"Folders that stand for what can't be fetched: a narrow FLAN-T5 with the toy world's tokenizer, a tokenizer of T5's kind, pairs in the layout of the hub's data set."
+"""Folders that stand for what can't be fetched:
+a narrow FLAN-T5 with the toy world's tokenizer, a tokenizer of T5's kind,
+pairs in the layout of the hub's data set."""
 import gzip, io, json, os, subprocess, sys
 from pathlib import Path
 import pytest
@@ -33,7 +35,8 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def t5_tokenizer(tmp_path_factory):
-    "A tokenizer as T5 is given away: spiece.model and tokenizer.json, padding, end and unknown token first, 100 sentinels, letters folded by NFKC, no piece for '<'."
+    """A tokenizer as T5 is given away: spiece.model and tokenizer.json, padding, end and unknown token first,
+    100 sentinels, letters folded by NFKC, no piece for '<'."""
     import sentencepiece
     from transformers import T5Tokenizer
     from rlhf_flant5.data.toy import toy_pairs
@@ -56,7 +59,8 @@ def pairs_folder(tmp_path_factory):
         (folder/subset).mkdir()
         for split, n in (('train', 60), ('test', 20)):
             with gzip.open(folder/subset/f'{split}.jsonl.gz', 'wt') as f:
-                for r in toy_pairs(n, seed=5, split=split): f.write(json.dumps({k: r[k] for k in ('chosen', 'rejected')}) + '\n')
+                for r in toy_pairs(n, seed=5, split=split):
+                    f.write(json.dumps({k: r[k] for k in ('chosen', 'rejected')}) + '\n')
     return folder
 
 
@@ -75,7 +79,8 @@ short = ['training.loop.n_batches=2', 'training.loop.train_batch_size=8', 'devic
 
 
 def examples(n):
-    "Settings of a property test: `n` examples, the same ones each time; $FUZZ_EXAMPLES times as many, and others each time, if that is set."
+    """Settings of a property test: `n` examples, the same ones each time;
+    $FUZZ_EXAMPLES times as many, and others each time, if that is set."""
     times = os.environ.get('FUZZ_EXAMPLES')
     return settings(max_examples=max(1, int(n*float(times or 1))), derandomize=times is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
