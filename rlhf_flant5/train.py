@@ -67,7 +67,7 @@ from .training.build import warn_of_states
 from .training.jobs import side_by_side, sweep
 from .training.loop import OutOfMemory, resume_loops, run_loops
 from .training.origin import as_decided, begin_runs, check_origin, note_machine, opening_lines
-from .training.origin import tell_origin, tell_result
+from .training.origin import write_origin_page, write_result_page
 from .training.runs import open_run, protect, results_root, Run, run_dir, unprotect
 from .training.scores import final_scores, keep_texts, lacks_texts
 from .training.step import NonFiniteLoss
@@ -103,7 +103,7 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
     if resumed: n = resume_loops(loops); log.info(f'goes on after batch {n} of {loops[0].n_total}' if n else 'no checkpoint yet: begins again')
     with ExitStack() as closing:        # all trackers, whatever a disk says to the first
         for t in itertools.chain(*trackers): closing.callback(t.close)
-        on_first(lambda: [tell_origin(c, r, l, counts) for c, r, l in zip(cfgs, runs, loops)])
+        on_first(lambda: [write_origin_page(c, r, l, counts) for c, r, l in zip(cfgs, runs, loops)])
         began_to_train = time.monotonic()
         try: run_loops(loops, share)
         except KeyboardInterrupt:
@@ -111,7 +111,7 @@ def train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary
             raise
         begun += time.monotonic() - began_to_train               # from now on: all but the loop
         scores = final_scores(runs, loops, batches, splits, share)
-        on_first(lambda: [tell_result(c, r, l, splits, s) for c, r, l, s in zip(cfgs, runs, loops, scores)])
+        on_first(lambda: [write_result_page(c, r, l, splits, s) for c, r, l, s in zip(cfgs, runs, loops, scores)])
         return [finish(c, run, l, m, saver, s, best, begun) for c, run, l, m, s in zip(cfgs, runs, loops, models, scores)]
 
 # %% ../nbs/80_programs/81_train.ipynb #f04ae691

@@ -246,8 +246,8 @@ def test_states_are_computed_together(tmp_path, run, settings):
     rows = [[(line.split()[0], r) for line in (tmp_path/'2'/'cache'/f'rows-{k}').read_text().splitlines() for r in line.split()[1:]] for k in (0, 1)]
     assert rows[0] and rows[1] and len({*rows[0], *rows[1]}) == len(rows[0]) + len(rows[1])
     assert sorted(rows[0] + rows[1]) == sorted((line.split()[0], r) for line in (tmp_path/'1'/'cache'/'rows-0').read_text().splitlines() for r in line.split()[1:])
-    states = lambda n: {p.parent.name: p.read_bytes() for p in (tmp_path/str(n)/'cache').glob('states/*/states.bin')}
-    assert states(1) == states(2) and len(states(1)) == 3
+    states = lambda n: {(p.parent.name, p.name): p.read_bytes() for p in (tmp_path/str(n)/'cache').glob('states/*/segment-*')}
+    assert states(1) == states(2) and len({entry for entry, _ in states(1)}) == 3
     assert abs(losses(tmp_path/'1') - losses(tmp_path/'2')).max() < 1e-6
 
 

@@ -1,4 +1,4 @@
-"`rlhf_flant5.training.runs` where a cell can't go: hostile git settings, other installations, kills, and names at random."
+"`rlhf_flant5.training.runs` where a cell can't go: hostile git settings, other installations, kills, names at random."
 import json, logging, os, resource, shutil, signal, stat, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,8 @@ def repo(tmp_path):
     (package/'__init__.py').write_text('answer = 42\n')
     (package/'weights.bin').write_bytes(bytes(range(256)))
     (package/'a naïve "name".py').write_text('old\n')
-    for args in 'init -q -b main', 'add .', '-c user.name=a -c user.email=a@b.c -c commit.gpgsign=false commit -qm first':
-        provenance.git(package.parent, *args.split())
+    ident = '-c user.name=a -c user.email=a@b.c -c commit.gpgsign=false'
+    for args in 'init -q -b main', 'add .', f'{ident} commit -qm first': provenance.git(package.parent, *args.split())
     return package.parent
 
 
@@ -26,6 +26,14 @@ def repo(tmp_path):
 def root(tmp_path):
     (tmp_path/'results').mkdir()
     return tmp_path/'results'
+
+
+@pytest.fixture
+def package(tmp_path):
+    "A package that no repository tracks"
+    (tmp_path/'package').mkdir()
+    (tmp_path/'package'/'__init__.py').touch()
+    return tmp_path/'package'
 
 
 def test_diff_survives_user_settings(repo, tmp_path, monkeypatch):
@@ -49,7 +57,8 @@ def test_diff_survives_user_settings(repo, tmp_path, monkeypatch):
     provenance.git(repo, 'reset', '-q', '--hard')
     (tmp_path/'changes.diff').write_bytes(diff)
     provenance.git(repo, 'apply', str(tmp_path/'changes.diff'))
-    assert (package/'__init__.py').read_text() == 'answer = 43\n' and (package/'__init__.py').stat().st_mode & stat.S_IXUSR
+    assert (package/'__init__.py').read_text() == 'answer = 43\n'
+    assert (package/'__init__.py').stat().st_mode & stat.S_IXUSR
     assert (package/'weights.bin').read_bytes() == bytes(range(255, -1, -1))
     assert not (package/'a naïve "name".py').exists()
 
@@ -72,11 +81,12 @@ def test_no_git_no_commit_detached(repo, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match='not have any commits yet'): provenance.read_source(fresh)
     monkeypatch.setenv('PATH', str(tmp_path))
     source, diff = provenance.read_source(repo/'package')
-    assert source['commit'] is None and source['version'] and diff == b''
+    assert source['commit'] is None and source['version']
+    assert diff == b''
 
 
 @settings(max_examples=300, deadline=None)
-@given(desc=st.text(max_size=120), index=st.one_of(st.integers(), st.text(max_size=5)))
+@given(desc=st.text(max_size=120), index=st.integers() | st.text(max_size=5))
 def test_names(tmp_path_factory, desc, index):
     "Any name is refused in one line, or gives a folder directly below the root's, from which it can be read back"
     root = tmp_path_factory.getbasetemp()
@@ -95,60 +105,75 @@ def test_good_names_and_suggestions(good, bad):
     except ConfigError as e: runs.check_name('desc', str(e).rpartition('for instance desc=')[2])
 
 
-def test_kill_leaves_whole_files(root, tmp_path):
+NOTES_FOR_EVER = """
+import sys
+from rlhf_flant5.training.runs import *
+root, package = sys.argv[1:]
+with open_run('kill', 1, '', [], root=root, package_dir=package) as run:
+    i = 0
+    while True:
+        run.note(i=i, filler='x'*100_000)
+        i += 1
+"""
+
+def test_kill_leaves_whole_files(root, package):
     "A run killed while it rewrites its record leaves a whole record that says `running`"
-    (tmp_path/'package').mkdir()
-    (tmp_path/'package'/'__init__.py').touch()
-    code = (f"from rlhf_flant5.training.runs import *\nwith open_run('kill', 1, '', [], root={str(root)!r}, package_dir={str(tmp_path/'package')!r}) as run:\n"
-            "    i = 0\n    while True: run.note(i=i, filler='x'*100_000); i += 1")
-    job = subprocess.Popen([sys.executable, '-c', code])
     record = root/'Reward-Model-Training'/'desc-kill,index-1'/'data'/'provenance.json'
+    def n_notes(): return json.loads(record.read_text()).get('i', 0) if record.exists() else 0
+    job = subprocess.Popen([sys.executable, '-c', NOTES_FOR_EVER, str(root), str(package)])
     end = time.time() + 60
-    while not (record.exists() and json.loads(record.read_text()).get('i', 0) > 3): assert job.poll() is None and time.time() < end
+    while n_notes() <= 3: assert job.poll() is None and time.time() < end
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     left = json.loads(record.read_text())
     assert left['status'] == 'running' and left['i'] > 3
 
 
-def test_protection(root, tmp_path):
+def test_protection(root, package, tmp_path):
     "Links, of files and of folders, are not followed; `unprotect` gives the owner alone the right back"
-    package, alien = tmp_path/'package', tmp_path/'alien'
-    for d in package, alien: d.mkdir()
-    (package/'__init__.py').touch()
+    alien = tmp_path/'alien'
+    alien.mkdir()
     (alien/'file').touch()
     with runs.open_run('p', 1, '', [], root=root, package_dir=package) as run:
         (run.simulation/'folder').symlink_to(alien)
         (run.simulation/'.hidden').touch()
         (run.simulation/'deep'/'er').mkdir(parents=True)
         (run.simulation/'deep'/'er'/'file').touch()
-    writable = lambda p: bool(p.stat().st_mode & 0o222)
-    own = [p for d in (run.data, run.logs, run.simulation) for p in (d, *d.rglob('*')) if not p.is_symlink()]
-    files = [p for p in own if p.is_file()]
-    assert len(files) == 7 and not any(map(writable, files)) and writable(run.results)
-    assert writable(alien) and writable(alien/'file')
+
+    def rights(path): return path.stat().st_mode & 0o222
+    below = [p for d in (run.data, run.logs, run.simulation) for p in (d, *d.rglob('*'))]
+    files = [p for p in below if p.is_file() and not p.is_symlink()]
+    assert len(files) == 7 and not any(map(rights, files))
+    assert all(map(rights, (run.results, alien, alien/'file')))
     runs.unprotect(run.dir)
-    assert all(p.stat().st_mode & 0o222 == 0o200 for p in files)
+    assert {*map(rights, files)} == {0o200}
 
 
-def test_a_finished_run_is_its_owners(tmp_path):
+@pytest.fixture
+def open_folder():
+    "A folder for results that other users may read; pytest's folders are closed to them"
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    old = os.umask(0o022)
+    yield folder
+    os.umask(old)
+    shutil.rmtree(folder)
+
+
+def test_a_finished_run_is_its_owners(open_folder, package):
     "Everybody may read a finished run, nobody may write its files, and `rm -rf` by its owner removes it; root is not asked"
     nobody = 65534 if os.geteuid() == 0 else None
-    folder = Path(tempfile.mkdtemp())       # subtle: pytest's folders are closed to other users
-    folder.chmod(0o755)
-    (tmp_path/'__init__.py').touch()
-    old = os.umask(0o022)
-    try:
-        with runs.open_run('p', 1, 'seed: 1', [], root=folder, package_dir=tmp_path) as run: (run.simulation/'model').write_bytes(b'weights')
-    finally: os.umask(old)
-    def shell(command, user): return subprocess.run(['sh', '-c', f'cd {run.dir} && {command}'], user=user, capture_output=True, text=True)
-    assert shell('cat data/config.yaml simulation/model', nobody).stdout == 'seed: 1weights'
+    with runs.open_run('p', 1, 'seed: 1', [], root=open_folder, package_dir=package) as run:
+        (run.simulation/'model').write_bytes(b'weights')
+
+    def shell(command):
+        return subprocess.run(['sh', '-c', f'cd {run.dir} && {command}'], user=nobody, capture_output=True, text=True)
+    assert shell('cat data/config.yaml simulation/model').stdout == 'seed: 1weights'
     if nobody:
-        for p in (folder, *folder.rglob('*')): os.chown(p, nobody, -1)
-    assert 'denied' in shell('echo 1 > simulation/model', nobody).stderr.lower()
-    gone = shell(f'rm -rf {run.dir}', nobody)
+        for p in (open_folder, *open_folder.rglob('*')): os.chown(p, nobody, -1)
+    assert 'denied' in shell('echo 1 > simulation/model').stderr.lower()
+    gone = shell(f'rm -rf {run.dir}')
     assert (gone.returncode, gone.stderr, run.dir.exists()) == (0, '', False)
-    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -161,37 +186,42 @@ def full_disk():
 
 
 def test_a_refused_file_leaves_nothing(tmp_path):
-    runs.write_file(tmp_path/'record.json', 'old')
-    with full_disk(), pytest.raises(OSError, match='File too large.*record.json'): runs.write_file(tmp_path/'record.json', 'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['record.json'] and (tmp_path/'record.json').read_text() == 'old'
+    path = tmp_path/'record.json'
+    runs.write_file(path, 'old')
+    with full_disk(), pytest.raises(OSError, match='File too large.*record.json'): runs.write_file(path, 'new')
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == 'old'
 
 
-def test_a_log_that_cannot_grow(root, tmp_path, capfd):
+def test_a_log_that_cannot_grow(root, package, capfd):
     "A full disk is an error of the run, with the file's name; nothing is printed; the run goes on when there is room"
-    (tmp_path/'__init__.py').touch()
-    start = lambda: runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path, resume=True)
+    loop = logging.getLogger('rlhf_flant5.training.loop')
+    def start(): return runs.open_run('full', 1, '', [], root=root, package_dir=package, resume=True)
     run = start()
     with pytest.raises(OSError, match='File too large.*train.log'), full_disk():
-        with run: logging.getLogger('rlhf_flant5.training.loop').info('step 1')
-    with start() as run: logging.getLogger('rlhf_flant5.training.loop').info('step 2')
-    assert run.resumed and run.provenance['status'] == 'done' and 'step 2' in (run.logs/'train.log').read_text()
+        with run: loop.info('step 1')
+    with start() as run: loop.info('step 2')
+    assert run.resumed and run.provenance['status'] == 'done'
+    assert 'step 2' in (run.logs/'train.log').read_text()
     assert capfd.readouterr().err == ''
 
 
-def test_whose_words_the_log_keeps(root, tmp_path):
+def test_whose_words_the_log_keeps(root, package):
     "This package's lines and the warnings of other libraries"
-    (tmp_path/'__init__.py').touch()
-    with runs.open_run('words', 1, '', [], root=root, package_dir=tmp_path) as run:
+    with runs.open_run('words', 1, '', [], root=root, package_dir=package) as run:
         for name in 'rlhf_flant5.training.loop', 'httpx', 'rlhf_flant5_other':
-            logging.getLogger(name).info('info'); logging.getLogger(name).warning('warning')
-    said = [line.split(' ', 2)[2] for line in (run.logs/'train.log').read_text().splitlines()]
-    assert said == ['INFO rlhf_flant5.training.loop: info', 'WARNING rlhf_flant5.training.loop: warning', 'WARNING httpx: warning', 'WARNING rlhf_flant5_other: warning']
+            logging.getLogger(name).info('info')
+            logging.getLogger(name).warning('warning')
+    lines = [line.split(' ', 2)[2] for line in (run.logs/'train.log').read_text().splitlines()]
+    assert lines == ['INFO rlhf_flant5.training.loop: info',
+                     'WARNING rlhf_flant5.training.loop: warning',
+                     'WARNING httpx: warning',
+                     'WARNING rlhf_flant5_other: warning']
 
 
-def test_log_is_removed_when_the_record_fails(root, tmp_path, monkeypatch):
+def test_log_is_removed_when_the_record_fails(root, package, monkeypatch):
     "The handler goes and the files are closed even if the outcome can't be written"
-    (tmp_path/'__init__.py').touch()
-    run = runs.open_run('full', 1, '', [], root=root, package_dir=tmp_path)
+    run = runs.open_run('full', 1, '', [], root=root, package_dir=package)
     ours = logging.getLogger('rlhf_flant5')
     before = logging.getLogger().handlers[:], ours.level
     def full(*args): raise OSError(28, 'No space left on device')

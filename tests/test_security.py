@@ -263,11 +263,11 @@ def world():
     return Backbone(toy_transformer(cls=T5Model), train_transformer=False), PairBatches(dict(chosen_ids=ids[:20], rejected_ids=ids[20:], id=[*map(str, range(20))], subset=['x']*20), 0, 8, 512)
 
 
-@pytest.mark.parametrize('link, name', [(link, name) for link in ('symlink', 'dangling', 'hardlink', 'fifo') for name in ('states.bin', 'journal', 'lock', '') if name or link in ('symlink', 'dangling')])   # a folder has no other link
+@pytest.mark.parametrize('link, name', [(link, name) for link in ('symlink', 'dangling', 'hardlink', 'fifo') for name in ('segment-00000.safetensors', 'lock', '') if name or link in ('symlink', 'dangling')])   # a folder has no other link
 def test_links_in_a_cache_are_refused(tmp_path, world, name, link):
     kept = keep_states(*world, tmp_path/'cache'); path, victim = kept.path/name, tmp_path/'victim'
     if name: victim.write_text('mine'); path.unlink()
-    else: victim.mkdir(); shutil.rmtree(path); (victim/'journal').write_text('mine'); (victim/'states.bin').write_text('mine')
+    else: victim.mkdir(); shutil.rmtree(path); (victim/'lock').write_text('mine'); (victim/'segment-00000.safetensors').write_text('mine')
     dict(symlink=lambda: path.symlink_to(victim), dangling=lambda: path.symlink_to(tmp_path/'nowhere'), hardlink=lambda: path.hardlink_to(victim), fifo=lambda: os.mkfifo(path))[link]()
     refused(lambda: keep_states(*world, tmp_path/'cache'), 'writing would change what it leads to')
     assert not (tmp_path/'nowhere').exists() and {f.read_text() for f in ([victim] if name else victim.iterdir())} == {'mine'}
@@ -278,19 +278,36 @@ def test_a_cache_on_a_linked_disk(tmp_path, world):
     (tmp_path/'disk').mkdir(); (tmp_path/'cache').symlink_to(tmp_path/'disk'); keep_states(*world, tmp_path/'cache'); assert [*(tmp_path/'disk'/'states').iterdir()]
 
 
-@pytest.mark.parametrize('lines', ['\n0 ' + '9'*5000 + '\n', '\n' + '9'*5000 + ' 0\n', '\n-1 5\n../../x 7\n', '\n0 1\n'*1000, '\n99999999 1\n', 'x'*10**6, '\n٣ ٤\n', '\x00\n', '\n0 1'], ids=range(9))
-def test_a_hostile_journal(tmp_path, world, marker, lines):
-    "It promises nothing that the numbers don't keep; pickles beside are not opened."
-    kept = keep_states(*world, tmp_path); want = np.array(kept.states)
-    with open(kept.path/'journal', 'a') as f: f.write(lines)
-    for name in ('states.npy', 'states.npz', 'states.bin.npy', 'journal.pkl'): (kept.path/name).write_bytes(b'\x93NUMPY\x01\x00' + pickle.dumps(np.array([Bomb(marker)])))
+def pickled(marker): return pickle.dumps(Bomb(marker))
+def npy(marker): return b'\x93NUMPY\x01\x00' + pickle.dumps(np.array([Bomb(marker)]))
+def header(text, size=None): return (len(text) if size is None else size).to_bytes(8, 'little') + text
+
+HOSTILE_SEGMENTS = dict(
+    pickle=pickled, npy=npy, empty=lambda _: b'', text=lambda _: b'x'*10**6,
+    longer_header=lambda _: header(b'{}', 2**63), no_object=lambda _: header(b'[1]'), not_utf8=lambda _: header(b'\xff\xfe'),
+    deep=lambda _: header(b'{"a":'*10**5), outside=lambda _: header(b'{"states":{"dtype":"F16","shape":[9],"data_offsets":[-9,9]}}'),
+    beyond=lambda _: header(b'{"states":{"dtype":"F16","shape":[99999999999],"data_offsets":[0,199999999998]}}'),
+    bfloat16=lambda _: header(b'{"states":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}') + b'12',
+    no_metadata=lambda _: header(b'{"states":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}') + b'12')
+
+@pytest.mark.parametrize('name', HOSTILE_SEGMENTS)
+def test_a_hostile_segment(tmp_path, world, marker, name):
+    "It is computed again; pickles beside are not opened."
+    kept = keep_states(*world, tmp_path)
+    want = np.array(kept.states)
+    for beside in ('states.npy', 'states.npz', 'segment-00001.safetensors', 'journal.pkl'): (kept.path/beside).write_bytes(npy(marker))
     np.save(kept.path/'a.npy', np.array([Bomb(marker)]), allow_pickle=True)
-    with open(kept.path/'states.bin', 'r+b') as f: f.write(pickle.dumps(Bomb(marker)))      # the journal's first line no longer holds
+    whole = kept.segment_path(0).read_bytes()
+    kept.segment_path(0).write_bytes(HOSTILE_SEGMENTS[name](marker))
     assert (np.array(keep_states(*world, tmp_path).states) == want).all()
+    assert kept.segment_path(0).read_bytes() == whole
 
 
-def test_a_huge_journal_is_not_read_whole(tmp_path, world):
-    kept = keep_states(*world, tmp_path); os.truncate(kept.path/'journal', 2**40); keep_states(*world, tmp_path)
+def test_a_huge_segment_is_not_read_whole(tmp_path, world):
+    kept = keep_states(*world, tmp_path)
+    os.truncate(kept.segment_path(0), 2**40)
+    keep_states(*world, tmp_path)
+    assert kept.segment_path(0).stat().st_size < 2**20
 
 
 def test_code_beside_the_pairs_is_not_run(pairs_folder, tmp_path, marker, monkeypatch):

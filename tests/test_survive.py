@@ -20,7 +20,7 @@ EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'b
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), seal=(loop, 'seal'),
             scores=(train, 'final_scores'), summary=(train, 'finish'))
 ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
-PHASES = EARLY | LATE | dict(cache=(states.KeptStates, '_write'), close=(Run, '__exit__'))
+PHASES = EARLY | LATE | dict(cache=(states.KeptStates, 'write_segment'), close=(Run, '__exit__'))
 KILLED = {1: -signal.SIGKILL, 2: 128 + signal.SIGKILL}      # exit code of a run of so many processes; any other one is a crash
 
 

@@ -13,23 +13,26 @@ import rlhf_flant5
 from ..core.files import ConfigError
 
 # %% ../../nbs/50_training/51_provenance.ipynb #e71a127e
+_HOOK_VARIABLES = 'GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX'
+
 def git(
     cwd:Path, # where to run it
     *args:str # what to run
 )->bytes:     # what it prints
     "Run git without the surroundings of a hook, in English. `ConfigError` with git's own words if it fails."
-    env = {k: v for k, v in os.environ.items() if k not in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE', 'GIT_PREFIX')}
-    env |= {'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0'}
+    env = {k: v for k, v in os.environ.items() if k not in _HOOK_VARIABLES}
+    env |= dict(LC_ALL='C', GIT_OPTIONAL_LOCKS='0')
     p = subprocess.run(['git', *args], cwd=cwd, env=env, capture_output=True, stdin=subprocess.DEVNULL)
     if p.returncode == 0: return p.stdout
-    said = (os.fsdecode(p.stderr).splitlines() or ['no message'])[0]
-    raise ConfigError(f'git {args[0]} in {cwd}: {said}; a run records the state of its code, so git must be able to read it')
+    message = (os.fsdecode(p.stderr).splitlines() or ['no message'])[0]
+    raise ConfigError(f'git {args[0]} in {cwd}: {message}; '
+                      'a run records the state of its code, so git must be able to read it')
 
 # %% ../../nbs/50_training/51_provenance.ipynb #e3c059b3
 def find_checkout(
     package_dir:str|Path|None=None # the package's source; default: this package's
 )->Path|None:                      # the top folder of the checkout
-    "The git checkout that tracks `package_dir`, or None: installed from a wheel, no repository at all, or no git on the machine."
+    "The git checkout that tracks `package_dir`, or None: installed from a wheel, no repository, or no git."
     package_dir = Path(package_dir or Path(rlhf_flant5.__file__).parent).resolve()
     if not shutil.which('git'): return None
     try:
@@ -37,38 +40,62 @@ def find_checkout(
     except ConfigError as e:
         if 'not a git repository' in str(e): return None
         raise  # subtle: git refuses folders of another owner; to go on then would switch the guard off without a word
-    return Path(os.fsdecode(git(package_dir, 'rev-parse', '--show-toplevel')).rstrip('\n'))
+    top = os.fsdecode(git(package_dir, 'rev-parse', '--show-toplevel'))
+    return Path(top.rstrip('\n'))
 
 # %% ../../nbs/50_training/51_provenance.ipynb #5e76d3a4
+def _untracked(top:Path) -> list[str]:
+    "Files that git neither tracks nor ignores."
+    listed = git(top, 'ls-files', '--others', '--exclude-standard', '-z')
+    return os.fsdecode(listed).split('\0')[:-1]
+
+def _refuse_untracked(top:Path, untracked:list[str]):
+    "Raise `ConfigError` with the first three names."
+    names = ', '.join(map(repr, untracked[:3]))
+    more = f' and {len(untracked)-3} more' if len(untracked) > 3 else ''
+    raise ConfigError(f'untracked files in {top}: {names}{more}: a run could not be repeated without them; '
+                      'commit, ignore or remove them, or record their names with sim_man.allow_untracked=true')
+
+_DIFF = ('diff', '--binary', '--full-index', '--no-color', '--no-ext-diff', '--no-textconv',
+         '--src-prefix=a/', '--dst-prefix=b/', 'HEAD')
+
+# %% ../../nbs/50_training/51_provenance.ipynb #cb044715
 def read_source(
     package_dir:str|Path|None=None, # the package's source; default: this package's
     allow_untracked:bool=False      # go on with untracked files, and list them
 )->tuple:                           # (what to record, the diff of tracked files against HEAD as bytes)
     "Which code is running. `ConfigError` if the repository has untracked files that aren't ignored, or no commit."
-    source = dict(version=rlhf_flant5.__version__, commit=None, branch=None, dirty=None, allow_untracked=allow_untracked, untracked=[])
+    source = dict(version=rlhf_flant5.__version__, commit=None, branch=None, dirty=None,
+                  allow_untracked=allow_untracked, untracked=[])
     top = find_checkout(package_dir)
     if top is None: return source, b''
-    untracked = os.fsdecode(git(top, 'ls-files', '--others', '--exclude-standard', '-z')).split('\0')[:-1]
-    if untracked and not allow_untracked:
-        more = f' and {len(untracked)-3} more' if len(untracked) > 3 else ''
-        raise ConfigError(f'untracked files in {top}: {", ".join(map(repr, untracked[:3]))}{more}: a run could not be repeated without them; '
-                          'commit, ignore or remove them, or record their names with sim_man.allow_untracked=true')
+    untracked = _untracked(top)
+    if untracked and not allow_untracked: _refuse_untracked(top, untracked)
     commit = git(top, 'log', '-1', '--no-show-signature', '--format=%H').decode().strip()
-    diff = git(top, 'diff', '--binary', '--full-index', '--no-color', '--no-ext-diff', '--no-textconv', '--src-prefix=a/', '--dst-prefix=b/', 'HEAD')
+    diff = git(top, *_DIFF)
     branch = os.fsdecode(git(top, 'branch', '--show-current')).strip() or None  # None: a detached HEAD
     return source | dict(commit=commit, branch=branch, dirty=bool(diff), untracked=untracked), diff
 
 # %% ../../nbs/50_training/51_provenance.ipynb #ea6d514e
+def _processor() -> str:
+    "The processor's name; on Linux as the kernel has it."
+    info = Path('/proc/cpuinfo')
+    text = info.read_text(encoding='utf-8', errors='replace') if info.exists() else ''
+    if model := re.search(r'^model name\s*:\s*(.+)$', text, re.M): return model[1]
+    return platform.processor() or platform.machine()
+
 def read_machine(
 )->dict: # JSON-ready; memory in bytes
     "The machine: system, processor, memory, GPUs (if torch is loaded)."
-    info = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace') if os.path.exists('/proc/cpuinfo') else ''
-    cpu = re.search(r'^model name\s*:\s*(.+)$', info, re.M)
     torch = sys.modules.get('torch')
-    gpus = range(torch.cuda.device_count()) if torch else []
-    return dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor() or platform.machine(), n_cores=os.cpu_count(),
-                memory_bytes=os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'), gpus=[torch.cuda.get_device_name(i) for i in gpus])
+    n_gpus = torch.cuda.device_count() if torch else 0
+    return dict(platform=platform.platform(),
+                cpu=_processor(),
+                n_cores=os.cpu_count(),
+                memory_bytes=os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'),
+                gpus=[torch.cuda.get_device_name(i) for i in range(n_gpus)])
 
+# %% ../../nbs/50_training/51_provenance.ipynb #11bc3c61
 def read_packages(
 )->dict: # name -> version
     "All installed distributions; of two with one name, the one that an import finds."

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import basic_repr, patch
 from filelock import FileLock, Timeout
 from ..core.files import ConfigError, remove_leftovers, write_file, write_json
-from .changes import _settings, changed_settings, longer_run
+from .changes import changed_settings, longer_run, settings_of
 from .provenance import read_machine, read_packages, read_source
 
 log = logging.getLogger('rlhf_flant5.training.runs')
@@ -25,12 +25,14 @@ def check_name(
     what:str, # `desc` or `index`
     value     # what the user gave for it
 )->str:       # the same, as text
-    "`value` as part of a folder's name. `ConfigError` if it isn't 1 to 100 of `A-Z a-z 0-9 . _ + = @ -`, or begins with one of `. + = @ -`."
+    """`value` as part of a folder's name.
+    `ConfigError` if it isn't 1 to 100 of `A-Z a-z 0-9 . _ + = @ -`, or begins with one of `. + = @ -`."""
     text = '' if value is None else str(value)
     if re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', text): return text
     near = re.sub(r'[^A-Za-z0-9._+=@-]+', '-', text).lstrip('.+=@-')[:100] or '1'
-    raise ConfigError(f'{what}={reprlib.repr(text)}: it becomes part of a folder\'s name, so it is 1 to 100 letters, digits or ._+=@- '
-                      f'and begins with a letter or digit; for instance {what}={near}')
+    raise ConfigError(f'{what}={reprlib.repr(text)}: it becomes part of a folder\'s name, '
+                      'so it is 1 to 100 letters, digits or ._+=@- and begins with a letter or digit; '
+                      f'for instance {what}={near}')
 
 # %% ../../nbs/50_training/53_runs.ipynb #63bc3b76
 def results_root(
@@ -38,10 +40,13 @@ def results_root(
 )->Path:                    # absolute, links resolved
     "The directory that holds all runs. `ConfigError` if it isn't named or doesn't exist."
     given = os.environ.get('RESULTS_ROOT_DIR', '') if root is None else str(root)
-    if not given: raise ConfigError('RESULTS_ROOT_DIR is not set: it names the existing directory that holds all results; '
-                                    'export RESULTS_ROOT_DIR=<a directory outside the repository>')
+    if not given:
+        raise ConfigError('RESULTS_ROOT_DIR is not set: it names the existing directory that holds all results; '
+                          'export RESULTS_ROOT_DIR=<a directory outside the repository>')
     path = Path(os.path.realpath(given))
-    if not path.is_dir(): raise ConfigError(f'RESULTS_ROOT_DIR={given}: not an existing directory; create it (mkdir -p) or name another')
+    if not path.is_dir():
+        raise ConfigError(f'RESULTS_ROOT_DIR={given}: not an existing directory; '
+                          'create it (mkdir -p) or name another')
     return path
 
 # %% ../../nbs/50_training/53_runs.ipynb #1c88450f
@@ -52,28 +57,39 @@ def run_dir(
 )->Path:                     # `<root>/Reward-Model-Training/desc-<desc>,index-<index>`
     "The folder of a run, there or not. `ConfigError` for a bad name or root, or if a link leads out of the root."
     root = results_root(root)
-    path = root/'Reward-Model-Training'/f"desc-{check_name('desc', desc)},index-{check_name('index', index)}"
+    desc, index = check_name('desc', desc), check_name('index', index)
+    path = root/'Reward-Model-Training'/f'desc-{desc},index-{index}'
     if not Path(os.path.realpath(path)).is_relative_to(root):
-        raise ConfigError(f'{path} is a link that leads out of RESULTS_ROOT_DIR={root}: runs stay below it; set the variable to where the link leads')
+        raise ConfigError(f'{path} is a link that leads out of RESULTS_ROOT_DIR={root}: runs stay below it; '
+                          'set the variable to where the link leads')
     return path
 
 # %% ../../nbs/50_training/53_runs.ipynb #6c840e74
 FOLDERS = 'data', 'logs', 'simulation', 'results'
 
+def _next_free_index(path:Path) -> int:
+    "The first index that no run of the same `desc` has."
+    stem = path.name.rpartition('-')[0]
+    for i in count(1):
+        if not os.path.lexists(path.with_name(f'{stem}-{i}')): return i
+
+# %% ../../nbs/50_training/53_runs.ipynb #2b4542e5
 def make_run_dir(
     path:Path # from `run_dir`
 ):
-    "Create a run's folder with its four parts. `ConfigError` if it exists, however late that is found, or can't be created."
+    """Create a run's folder with its four parts.
+    `ConfigError` if it exists, however late that is found, or can't be created."""
     try:
         path.parent.mkdir(exist_ok=True)
         path.mkdir()  # subtle: no exist_ok, so that of two runs started at once only one gets here
         for f in FOLDERS: (path/f).mkdir()
     except FileExistsError as e:
-        stem = path.name.rpartition('-')[0]
-        free = next(i for i in count(1) if not os.path.lexists(path.with_name(f'{stem}-{i}')))
-        raise ConfigError(f'{e.filename} exists already: a run has a folder of its own; go on with one that was cut '
-                          f'short by resume=true, change desc, or take the next free index={free}') from None
-    except OSError as e: raise ConfigError(f'{path} can\'t be created ({e.strerror}): RESULTS_ROOT_DIR must be writable; name another') from None
+        raise ConfigError(f'{e.filename} exists already: a run has a folder of its own; '
+                          'go on with one that was cut short by resume=true, change desc, '
+                          f'or take the next free index={_next_free_index(path)}') from None
+    except OSError as e:
+        raise ConfigError(f'{path} can\'t be created ({e.strerror}): '
+                          'RESULTS_ROOT_DIR must be writable; name another') from None
 
 # %% ../../nbs/50_training/53_runs.ipynb #831b5f32
 RUN_NAME = re.compile(r'desc-([^,]+),index-([^,]+)')
@@ -83,7 +99,9 @@ def parse_run(
 )->tuple:         # (desc, index), both texts
     "Read a folder's name back. `ValueError` if it isn't a run's."
     m = RUN_NAME.fullmatch(Path(path).name)
-    if not m: raise ValueError(f"{str(path)!r}: a run's folder is named desc-<desc>,index-<index>; take one that find_runs lists")
+    if not m:
+        raise ValueError(f"{str(path)!r}: a run's folder is named desc-<desc>,index-<index>; "
+                         'take one that find_runs lists')
     return m[1], m[2]
 
 # %% ../../nbs/50_training/53_runs.ipynb #4664f90a
@@ -92,8 +110,8 @@ class Run:
     def __init__(self, dir:str|Path): # made by `open_run`
         self.dir = Path(dir)
         self.desc, self.index = parse_run(dir)
-        self.lock, self.resumed, self.done = None, False, False
         self.data, self.logs, self.simulation, self.results = (self.dir/f for f in FOLDERS)
+        self.lock, self.resumed, self.done = None, False, False
     __repr__ = basic_repr('desc,index')
 
     @property
@@ -118,13 +136,15 @@ def hold(path:Path) -> FileLock:
     "The lock of a run's folder. Raises `ConfigError` if another process has it, or the folder can't be written."
     lock = FileLock(path/'.lock')
     try: lock.acquire(timeout=0)
-    except Timeout: raise ConfigError(f'{path}: another process is at work in this run; wait for it, or take another index') from None
-    except OSError as e: raise ConfigError(f'{path} can\'t be written ({e.strerror}): a run needs its folder; RESULTS_ROOT_DIR must be writable') from None
+    except Timeout:
+        raise ConfigError(f'{path}: another process is at work in this run; '
+                          'wait for it, or take another index') from None
+    except OSError as e:
+        raise ConfigError(f'{path} can\'t be written ({e.strerror}): a run needs its folder; '
+                          'RESULTS_ROOT_DIR must be writable') from None
     return lock
 
 # %% ../../nbs/50_training/53_runs.ipynb #3ef07322
-_now = lambda: datetime.now(timezone.utc).isoformat(timespec='seconds')
-
 def open_run(
     desc, index,                    # the run's name
     config_yaml:str,                # the resolved configuration
@@ -138,45 +158,74 @@ def open_run(
     path = run_dir(desc, index, root)
     source, diff = read_source(package_dir, allow_untracked)
     if not (resume and path.is_dir()): make_run_dir(path)
-    run = Run(path); run.lock = hold(path)
+    run = Run(path)
+    run.lock = hold(path)
     if (run.data/'provenance.json').exists(): return run.go_on(config_yaml, command, source, diff)
-    for f in FOLDERS: (path/f).mkdir(exist_ok=True)
-    remove_leftovers(path)
-    write_file(run.data/'config.yaml', config_yaml)
-    write_file(run.data/'command.txt', shlex.join(map(str, command)) + '\n')
-    write_file(run.data/'changes.diff', diff)
-    run.record('provenance', dict(status='running', started=_now(), source=source, machine=read_machine(),
-                                  python=platform.python_version(), packages=read_packages(), resumed=[]))
+    run._begin(config_yaml, command, source, diff)
     return run
+
+# %% ../../nbs/50_training/53_runs.ipynb #cfc8fb62
+def _now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+def _words(command): return shlex.join(map(str, command))
+
+@patch
+def _begin(self:Run, config_yaml, command, source, diff):
+    "Record configuration, command, code and machine, the provenance last."
+    for f in FOLDERS: (self.dir/f).mkdir(exist_ok=True)
+    remove_leftovers(self.dir)
+    write_file(self.data/'config.yaml', config_yaml)
+    write_file(self.data/'command.txt', _words(command) + '\n')
+    write_file(self.data/'changes.diff', diff)
+    self.record('provenance', dict(status='running', started=_now(), source=source, machine=read_machine(),
+                                   python=platform.python_version(), packages=read_packages(), resumed=[]))
 
 # %% ../../nbs/50_training/53_runs.ipynb #ce770a3a
 @patch
 def check_settings(self:Run, config_yaml:str) -> bool: # whether it is to be trained longer than it was
     "Raise `ConfigError` for settings that are not those that the run began with, by name."
     began = (self.data/'config.yaml').read_text(encoding='utf-8')
-    try: longer = longer_run(_settings(began), _settings(config_yaml))
+    try: longer = longer_run(settings_of(began), settings_of(config_yaml))
     except ConfigError as e: raise ConfigError(f'{self.dir.name}: {e}') from None
-    changed = [c for c in changed_settings(began, config_yaml) if not (longer and c.startswith('training.loop.n_epochs '))]
+    changed = changed_settings(began, config_yaml)
+    if longer: changed = [c for c in changed if not c.startswith('training.loop.n_epochs ')]
+    if not changed: return longer
     more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
-    if changed: raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{more}: a run goes on with the settings that it began with; take the same, or another index')
-    return longer
+    raise ConfigError(f'{self.dir.name}: {"; ".join(changed[:3])}{more}: '
+                      'a run goes on with the settings that it began with; take the same, or another index')
 
+# %% ../../nbs/50_training/53_runs.ipynb #3206bd0c
 @patch
 def go_on(self:Run, config_yaml, command, source, diff) -> Run:
-    "Take up a run that was cut short; one that is done stays as it is. Raises `ConfigError` for changed settings, by name."
+    """Take up a run that was cut short; one that is done stays as it is.
+    Raises `ConfigError` for changed settings, by name."""
     try: longer = self.check_settings(config_yaml)
-    except ConfigError: self.lock.release(); raise
-    old = self.provenance; self.resumed, self.done = True, old['status'] == 'done' and not longer
-    if self.done: self.lock.release(); return self
+    except ConfigError:
+        self.lock.release()
+        raise
+    self.resumed = True
+    self.done = self.provenance['status'] == 'done' and not longer
+    if self.done:
+        self.lock.release()
+        return self
     for d in self.data, self.logs, self.simulation: unprotect(d)
     remove_leftovers(self.dir)
     if longer: self.lengthen(config_yaml)
-    k = len(old['resumed']) + 1
-    if (source['commit'], diff) != (old['source']['commit'], (self.data/'changes.diff').read_bytes()):
-        log.warning(f'the code has changed since the run began (commit {old["source"]["commit"]}, now {source["commit"]}); its diff is kept in {self.data.name}/changes-{k}.diff')
-        write_file(self.data/f'changes-{k}.diff', diff)
-    self.note(status='running', resumed=old['resumed'] + [dict(at=_now(), after=old['status'], command=shlex.join(map(str, command)), source=source, machine=read_machine())])
+    self._note_resumption(command, source, diff)
     return self
+
+# %% ../../nbs/50_training/53_runs.ipynb #49de8200
+@patch
+def _note_resumption(self:Run, command, source, diff):
+    "When the run goes on, after what, by which command, code and machine; the diff of changed code is kept."
+    was = self.provenance
+    commit, now = was['source']['commit'], source['commit']
+    if (now, diff) != (commit, (self.data/'changes.diff').read_bytes()):
+        name = f'changes-{len(was["resumed"]) + 1}.diff'
+        log.warning(f'the code has changed since the run began (commit {commit}, now {now}); '
+                    f'its diff is kept in {self.data.name}/{name}')
+        write_file(self.data/name, diff)
+    again = dict(at=_now(), after=was['status'], command=_words(command), source=source, machine=read_machine())
+    self.note(status='running', resumed=[*was['resumed'], again])
 
 # %% ../../nbs/50_training/53_runs.ipynb #5206eab6
 @patch
@@ -187,12 +236,16 @@ def lengthen(self:Run, config_yaml:str):
     log.info(f'{self.dir.name} goes on to more epochs')
 
 # %% ../../nbs/50_training/53_runs.ipynb #a0350b99
+def _is_kept(record) -> bool:
+    "This package's lines, and the warnings of others."
+    return record.name.split('.')[0] == 'rlhf_flant5' or record.levelno >= logging.WARNING
+
 class LogFile(logging.FileHandler):
     "A run's log: what this package says, and the warnings of others. Raises `OSError` where the disk refuses."
     def __init__(self, path:Path):
         super().__init__(path, encoding='utf-8', errors='backslashreplace')
         self.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
-        self.addFilter(lambda r: r.name.split('.')[0] == 'rlhf_flant5' or r.levelno >= logging.WARNING)
+        self.addFilter(_is_kept)
 
     def handleError(self, record):
         error = sys.exception()
@@ -200,16 +253,20 @@ class LogFile(logging.FileHandler):
         error.filename = self.baseFilename
         raise error
 
+# %% ../../nbs/50_training/53_runs.ipynb #7d180ab3
 @patch
 def __enter__(self:Run):
-    self._start, ours = time.monotonic(), logging.getLogger('rlhf_flant5')
-    self._level, self._handler = ours.level, LogFile(self.logs/'train.log')
+    ours = logging.getLogger('rlhf_flant5')
+    self._start, self._level = time.monotonic(), ours.level
+    self._handler = LogFile(self.logs/'train.log')
     logging.getLogger().addHandler(self._handler)
     ours.setLevel(min(ours.level or logging.INFO, logging.INFO))
     return self
 
 # %% ../../nbs/50_training/53_runs.ipynb #d2cdfbf4
-def _tree(path): return [p for p in (Path(path), *Path(path).rglob('*')) if not p.is_symlink()]
+def _tree(path) -> list[Path]:
+    "`path` and all below it, but for links."
+    return [p for p in (Path(path), *Path(path).rglob('*')) if not p.is_symlink()]
 
 def protect(path:str|Path):
     "Take away the right to write, for everybody, from all files below `path`."
@@ -221,16 +278,22 @@ def unprotect(path:str|Path):
     for p in _tree(path): p.chmod(p.stat().st_mode & 0o7777 | 0o200)
 
 # %% ../../nbs/50_training/53_runs.ipynb #15b9e1bc
+def _status(error) -> str:
+    "How a run ended."
+    if error is None: return 'done'
+    return 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed'
+
 @patch
 def _note_end(self:Run, kind, error, tb):
     "The way a run ended, in its log and its provenance."
-    status = 'done' if error is None else 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed'
-    line = None if error is None else f'{kind.__name__}: {error}'.splitlines()[0].removesuffix(': ')
+    status, line = _status(error), None
     if error is not None: # to the file alone: what the terminal shows is the program's matter
-        with suppress(OSError):
-            self._handler.handle(logging.makeLogRecord(dict(name=log.name, levelno=40, levelname='ERROR', msg=status, exc_info=(kind, error, tb))))
+        line = f'{kind.__name__}: {error}'.splitlines()[0].removesuffix(': ')
+        record = dict(name=log.name, levelno=40, levelname='ERROR', msg=status, exc_info=(kind, error, tb))
+        with suppress(OSError): self._handler.handle(logging.makeLogRecord(record))
     self.note(status=status, error=line, ended=_now(), seconds=round(time.monotonic() - self._start, 1))
 
+# %% ../../nbs/50_training/53_runs.ipynb #13a80e1e
 @patch
 def _close(self:Run):
     "Close the log, give the lock back, protect the record."
@@ -242,20 +305,28 @@ def _close(self:Run):
         for d in self.data, self.logs, self.simulation: protect(d)
 
 @patch
+def _made_nothing(self:Run) -> bool:
+    "Whether neither a model nor a result is there."
+    return not any(p.is_file() for d in (self.simulation, self.results) for p in d.rglob('*'))
+
+@patch
 def __exit__(self:Run, kind, error, tb):
-    quietly = suppress(OSError) if error else nullcontext()  # subtle: a disk that refuses must not hide what went wrong before
+    quietly = suppress(OSError) if error else nullcontext()  # subtle: the disk must not hide what went wrong before
     try:
         with quietly: self._note_end(kind, error, tb)
     finally:
         with quietly: self._close()
-    empty = not self.resumed and not any(p.is_file() for d in (self.simulation, self.results) for p in d.rglob('*'))
-    if isinstance(error, ConfigError) and empty: shutil.rmtree(self.dir)
+    if isinstance(error, ConfigError) and not self.resumed and self._made_nothing(): shutil.rmtree(self.dir)
 
 # %% ../../nbs/50_training/53_runs.ipynb #248cd946
+def _by_name(folder:Path) -> tuple:
+    "A key to sort runs by: `desc`, then `index` as a number."
+    desc, index = parse_run(folder)
+    return desc, len(index), index
+
 def find_runs(
     root:str|Path|None=None # instead of `RESULTS_ROOT_DIR`
 )->list:                    # folders, as Path
     "The folders of all runs below `root`, finished or not; `Run(folder)` opens one."
-    found = [p for p in (results_root(root)/'Reward-Model-Training').glob('*') if RUN_NAME.fullmatch(p.name) and p.is_dir()]
-    def order(p): desc, index = parse_run(p); return desc, len(index), index
-    return sorted(found, key=order)
+    folders = (results_root(root)/'Reward-Model-Training').glob('*')
+    return sorted((p for p in folders if RUN_NAME.fullmatch(p.name) and p.is_dir()), key=_by_name)

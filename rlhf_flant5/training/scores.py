@@ -23,44 +23,75 @@ from .step import evaluate_all
 log = logging.getLogger('rlhf_flant5.training.scores')
 
 # %% ../../nbs/50_training/59e_scores.ipynb #6eadd1f0
+_JUDGED_BY = 'validation', 'test'                   # the splits that a run is scored on
+_COLUMNS = 'id', 'subset', 'chosen', 'rejected'     # what is kept of each of their pairs
+
+def _texts_path(run:Run, split:str): return run.data/f'{split}_texts.jsonl.gz'
+
 def lacks_texts(run:Run) -> bool:
-    return not all((run.data/f'{split}_texts.jsonl.gz').exists() for split in ('validation', 'test'))
+    "Whether the texts that the run is judged on are still to be kept."
+    return not all(_texts_path(run, split).exists() for split in _JUDGED_BY)
 
 def keep_texts(run:Run, splits):
     "The texts that the run is judged on, beside its rewards: `data/{validation,test}_texts.jsonl.gz`."
-    for split in ('validation', 'test'):
-        rows = zip(*(splits[split][k][:] for k in ('id', 'subset', 'chosen', 'rejected')))
-        lines = ''.join(json.dumps(dict(zip(('id', 'subset', 'chosen', 'rejected'), row))) + '\n' for row in rows)
-        write_file(run.data/f'{split}_texts.jsonl.gz', gzip.compress(lines.encode(), mtime=0))
+    for split in _JUDGED_BY:
+        columns = [splits[split][name][:] for name in _COLUMNS]
+        lines = [json.dumps(dict(zip(_COLUMNS, row))) + '\n' for row in zip(*columns)]
+        write_file(_texts_path(run, split), gzip.compress(''.join(lines).encode(), mtime=0))
 
+# %% ../../nbs/50_training/59e_scores.ipynb #c4c02e16
 def rewarded(pairs, chosen, rejected): # one row a pair
     "Rewards beside ids, subsets and tokens of the pairs."
     a, b = pairs['chosen_ids'][:], pairs['rejected_ids'][:]
-    return pair_table(pairs['id'][:], pairs['subset'][:], chosen, rejected, [*map(len, a)], [*map(len, b)], [*map(n_shared, a, b)])
+    lengths = [*map(len, a)], [*map(len, b)], [*map(n_shared, a, b)]
+    return pair_table(pairs['id'][:], pairs['subset'][:], chosen, rejected, *lengths)
 
 # %% ../../nbs/50_training/59e_scores.ipynb #8dd7e1bb
 def final_rewards(loops, batches, share) -> np.ndarray: # (loops, 2, pairs)
-    "Rewards of the best models as the saved ones give them: in float32, by plain modules, not compiled. All processes must call it."
+    """Rewards of the best models as the saved ones give them: in float32, by plain modules, not compiled.
+    All processes must call it."""
     # subtle: Accelerate's wrapper of a shared model would compute in the run's precision
     models = [l.accelerator.unwrap_model(l.model, keep_fp32_wrapper=False) for l in loops]
     with torch.compiler.set_stance('force_eager'):
         return evaluate_all(models, batches, loops[0].accelerator, share, autocast=nullcontext)
 
-def final_scores(runs, loops, batches, splits, share) -> list[dict]: # of each run {baselines, validation, temperature, test}
-    "Score the best models on validation and test, with a temperature from validation; a row for each pair in `results/`."
+def _rule_scores(test, keys) -> dict: # name -> scores
+    "How far rules without a parameter get on the test pairs."
+    chosen, rejected, subsets = (test[name][:] for name in ('chosen', 'rejected', 'subset'))
+    return {name: pair_scores(rule(chosen), rule(rejected), subsets, clusters=keys)
+            for name, rule in BASELINES.items()}
+
+# %% ../../nbs/50_training/59e_scores.ipynb #1ac86f15
+def _log_scores(loop, split:str, scores:dict):
+    "The scores of a split, and of its subsets if there are several."
+    log.info(f'{loop.name}{split}: {show_scores(scores)}')
+    if len(scores['subsets']) == 1: return
+    for name, s in scores['subsets'].items(): log.info(f'{loop.name}    {name}: {show_scores(s)}')
+
+def _log_rules(rules:dict):
+    "The accuracy of the rules that decide anything."
+    shown = [f'{name} {100*s["accuracy"]:.1f}%' for name, s in rules.items() if s['n_ties'] < s['n']]
+    log.info('rules without a parameter, test: ' + ', '.join(shown))
+
+# %% ../../nbs/50_training/59e_scores.ipynb #102ae13a
+def final_scores(runs, loops, batches, splits, share
+                ) -> list[dict]: # of each run {baselines, validation, temperature, test}
+    """Score the best models on validation and test, with a temperature from validation;
+    a row for each pair in `results/`."""
     for l in loops: l.load_best()
     log.info('scores of the best model, in float32 as `score` computes them:')
-    keys = {split: conversation_keys(splits[split]['chosen'][:]) for split in ('validation', 'test')}
-    test = splits['test']
-    rules = {name: pair_scores(f(test['chosen'][:]), f(test['rejected'][:]), test['subset'][:], clusters=keys['test']) for name, f in BASELINES.items()}
+    keys = {split: conversation_keys(splits[split]['chosen'][:]) for split in _JUDGED_BY}
+    rules = _rule_scores(splits['test'], keys['test'])
     scores = [dict(baselines=rules) for _ in runs]
-    for split in ('validation', 'test'):
+    for split in _JUDGED_BY:
         rewards = final_rewards(loops, batches[split], share)
-        for run, l, own, (c, r) in zip(runs, loops, scores, rewards):
-            own[split] = pair_scores(c, r, batches[split].subsets, clusters=keys[split]) | dict(calibration_error=calibration_error(c, r))
-            if split == 'validation': own['temperature'] = fit_temperature(margins(c, r))
-            if is_first(): write_pair_table(rewarded(splits[split], c, r), run.results/f'{split}_pairs.jsonl')
-            log.info(f'{l.name}{split}: {show_scores(own[split])}')
-            for name, s in own[split]['subsets'].items() if len(own[split]['subsets']) > 1 else (): log.info(f'{l.name}    {name}: {show_scores(s)}')
-    log.info('rules without a parameter, test: ' + ', '.join(f'{name} {100*s["accuracy"]:.1f}%' for name, s in rules.items() if s['n_ties'] < s['n']))
+        for run, l, own, (chosen, rejected) in zip(runs, loops, scores, rewards):
+            own[split] = pair_scores(chosen, rejected, batches[split].subsets, clusters=keys[split])
+            own[split]['calibration_error'] = calibration_error(chosen, rejected)
+            if split == 'validation': own['temperature'] = fit_temperature(margins(chosen, rejected))
+            if is_first():
+                table = rewarded(splits[split], chosen, rejected)
+                write_pair_table(table, run.results/f'{split}_pairs.jsonl')
+            _log_scores(l, split, own[split])
+    _log_rules(rules)
     return scores

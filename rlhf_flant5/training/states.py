@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['log', 'FORMAT', 'SEGMENT', 'stack_blocks', 'first_states', 'weights_digest', 'tokens_digest', 'cache_folder',
-           'KeptStates', 'keep_states', 'kept_features', 'without_decoder', 'FeatureBatches']
+           'keep_states', 'kept_features', 'without_decoder', 'FeatureBatches']
 
 # %% ../../nbs/50_training/59a_states.ipynb #d4bb98b1
-import errno, hashlib, json, logging, math, os, re, shutil, stat, time, zlib
+import errno, hashlib, json, logging, os, shutil, stat, time
 from array import array
-from contextlib import contextmanager, ExitStack, nullcontext
-from functools import cached_property
+from contextlib import contextmanager, ExitStack, nullcontext, suppress
 from pathlib import Path
 import numpy as np
 import torch
-from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import T5EncoderModel
 from ..backbone.t5 import Backbone
-from ..core.files import ConfigError
+from ..core.files import ConfigError, remove_leftovers
 from ..core.processes import is_first, n_processes, on_first, rank, wait_for_all
 from ..data.batches import cut_by_budget, deal, MicroBatch, PairBatches
 from ..models.base import RewardModel
+from .segments import KeptStates, MappedStates
 
 # %% ../../nbs/50_training/59a_states.ipynb #d5c65059
 log = logging.getLogger('rlhf_flant5.training.states')
@@ -33,23 +32,27 @@ def stack_blocks(backbone:Backbone) -> dict[str, int]: # {encoder, decoder}: how
     config = backbone.transformer.config
     return dict(encoder=config.num_layers, decoder=config.num_decoder_layers if backbone.has_decoder else 0)
 
+# %% ../../nbs/50_training/59a_states.ipynb #7ca012b9
 def first_states(backbone:Backbone,
                  batches:PairBatches,
                  rows:np.ndarray,       # which pairs
                  autocast=None          # context for the backbone's precision
                 ) -> np.ndarray: # (rows, 2, K, D), float32: chosen first; the encoder's blocks, then the decoder's
     "First positions' states of both texts of some pairs."
-    device, blocks, out = next(backbone.parameters()).device, stack_blocks(backbone), None
+    device, blocks = next(backbone.parameters()).device, stack_blocks(backbone)
+    out = np.empty((len(rows), 2, sum(blocks.values()), backbone.d_model), np.float32)
     for cut in cut_by_budget(batches.lengths[rows], batches.token_budget, batches.batch_size):
         m = batches.micro_batch(rows[cut]).to(device)
-        with torch.no_grad(), autocast() if autocast else nullcontext(): states = backbone(**m.inputs)
-        f = torch.cat([states.first_positions(s, n) for s, n in blocks.items() if n], 1).float().cpu()   # (2B, K, D)
-        if out is None: out = np.empty((len(rows), 2, *f.shape[1:]), np.float32)
-        out[cut] = torch.stack(f.chunk(2), 1)
+        with torch.no_grad(), autocast() if autocast else nullcontext():
+            states = backbone(**m.inputs)
+        stacks = [states.first_positions(stack, n) for stack, n in blocks.items() if n]
+        first = torch.cat(stacks, 1).float().cpu()     # (2B, K, D)
+        out[cut] = torch.stack(first.chunk(2), 1)      # (B, 2, K, D)
     return out
 
 # %% ../../nbs/50_training/59a_states.ipynb #b5ecc4fc
-_idle_settings = {'_name_or_path', 'architectures', 'transformers_version', 'dtype', 'dropout_rate', 'classifier_dropout', 'use_cache'}
+_idle_settings = {'_name_or_path', 'architectures', 'transformers_version', 'dtype',
+                  'dropout_rate', 'classifier_dropout', 'use_cache'}
 
 def weights_digest(backbone:Backbone) -> str:
     "SHA-256 over the transformer's architecture and weights; of weights that are shared out, as it was before."
@@ -73,155 +76,125 @@ def tokens_digest(batches:PairBatches) -> str:
 # %% ../../nbs/50_training/59a_states.ipynb #b1c07fd6
 def cache_folder() -> Path: # $RLHF_FLANT5_CACHE, else $XDG_CACHE_HOME/rlhf_flant5, else ~/.cache/rlhf_flant5
     "Where entries are kept, under `states/`."
-    own, xdg = os.environ.get('RLHF_FLANT5_CACHE'), os.environ.get('XDG_CACHE_HOME')
-    return Path(own).expanduser() if own else Path(xdg or '~/.cache').expanduser()/'rlhf_flant5'
+    if own := os.environ.get('RLHF_FLANT5_CACHE'): return Path(own).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'rlhf_flant5'
 
 # %% ../../nbs/50_training/59a_states.ipynb #599123ee
-FORMAT, SEGMENT = 1, 128   # raise the first when other states are stored; pairs between two lines of the journal
+FORMAT, SEGMENT = 2, 128   # raise the first when other states are stored; pairs in a file
 
-class KeptStates:
-    "First positions' states of all pairs, after all blocks; mapped into memory, not read."
-    def __init__(self, 
-                 folder:Path,  # the cache
-                 **parts):     # all that the states depend on: pairs, encoder, decoder (blocks), width, dtype, …
-        self.parts, self.key = parts, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        self.path, self.dtype = Path(folder)/'states'/self.key[:32], np.dtype(parts['dtype'])
-        self.shape = parts['pairs'], 2, parts['encoder'] + parts['decoder'], parts['width']
-        self.pair_nbytes = math.prod(self.shape[1:])*self.dtype.itemsize
-        self.nbytes = len(self)*self.pair_nbytes
-
-    def __len__(self): return self.shape[0]
-    @cached_property
-    def states(self): return np.memmap(self.path/'states.bin', self.dtype, 'r', shape=self.shape)
-    @property
-    def encoder(self): return self.states[:, :, :self.parts['encoder']]                                       # (pairs, 2, K, D)
-    @property
-    def decoder(self): return self.states[:, :, self.parts['encoder']:] if self.parts['decoder'] else None   # (pairs, 2, K, D)
-
-# %% ../../nbs/50_training/59a_states.ipynb #61703f64
-_reserve = getattr(os, 'posix_fallocate', lambda fd, start, size: os.ftruncate(fd, size))   # macOS has none
-
-@patch
-def _allocate(self:KeptStates):
-    "Give the file its whole size on the disk. Raises `OSError` if it does not fit, and leaves the file as it was."
-    with open(self.path/'states.bin', 'ab') as f:
-        size = os.fstat(f.fileno()).st_size
-        if size == self.nbytes: return
-        free = shutil.disk_usage(self.path).free
-        if self.nbytes - size > free: raise OSError(errno.ENOSPC, f'{free/2**20:,.1f} MiB are free')
-        try: _reserve(f.fileno(), 0, self.nbytes)
-        except OSError: f.truncate(size); raise
-        f.truncate(self.nbytes)
-
-# %% ../../nbs/50_training/59a_states.ipynb #a528d7fc
-@patch
-def _write(self:KeptStates, i:int, rows, states):
-    "Write segment `i`, then its line."
-    data = np.ascontiguousarray(states, self.dtype)
-    with open(self.path/'states.bin', 'r+b') as f:
-        for r, record in zip(rows, data): f.seek(int(r)*self.pair_nbytes); f.write(record)
-        f.flush(); os.fsync(f.fileno())
-    with open(self.path/'journal', 'a', encoding='utf-8') as f:
-        f.write(f'\n{i} {zlib.crc32(data)}\n')      # subtle: newline first, the line before may be cut off
-        f.flush()
-        os.fsync(f.fileno())
-
-@patch
-def _promised(self:KeptStates) -> dict[int, int]|None: # segment -> checksum; None: there is no journal of this entry
-    "What the journal promises."
-    head, journal = json.dumps(self.parts, sort_keys=True) + '\n', self.path/'journal'
-    if not journal.exists(): return None
-    with open(journal, errors='replace', encoding='utf-8') as f: text = f.read(len(head) + 40*len(self) + 10**6)    # longer than any
-    if text.startswith(head): return {int(i): int(crc) for i, crc in re.findall(r'^(\d{1,10}) (\d{1,10})$', text, re.M)}
-    if text: log.warning(f'{journal}: damaged; all states of the entry are computed again')
-
-@patch
-def _journalled(self:KeptStates) -> dict[int, int]: # segment -> checksum
-    "What the journal promises; a new journal is begun if there is none of this entry."
-    if (promised := self._promised()) is not None: return promised
-    with open(self.path/'journal', 'w', encoding='utf-8') as f:
-        f.write(json.dumps(self.parts, sort_keys=True) + '\n')
-        f.flush()
-        os.fsync(f.fileno())
-    return {}
-
-@patch
-def _holds(self:KeptStates, rows, checksum:int|None) -> bool:
-    "Whether the states of a segment are those that were written."
-    crc, states = 0, np.asarray(self.states)
-    for r in rows if checksum is not None else (): crc = zlib.crc32(states[r], crc)
-    return crc == checksum
+# %% ../../nbs/50_training/59a_states.ipynb #5c475e8f
+def _entry(backbone, batches, folder, dtype, precision) -> KeptStates:
+    "The entry of some pairs' states, whether its files are there or not."
+    order = np.argsort(-batches.lengths, kind='stable')
+    segments = [order[i:i + SEGMENT] for i in range(0, len(order), SEGMENT)]
+    return KeptStates(folder or cache_folder(), segments, format=FORMAT, segment=SEGMENT,
+                      weights=weights_digest(backbone), tokens=tokens_digest(batches), dtype=dtype,
+                      precision=precision, pairs=len(batches), width=backbone.d_model, **stack_blocks(backbone))
 
 # %% ../../nbs/50_training/59a_states.ipynb #b0798999
+def _linked(path:Path, kind:str) -> ConfigError:
+    return ConfigError(f'{path}: a link or no plain {kind}, and writing would change what it leads to; '
+                       'remove it, or set RLHF_FLANT5_CACHE to another folder')
+
+# %% ../../nbs/50_training/59a_states.ipynb #3c1a8f38
 def _refuse_links(entry:Path):
     "Raise `ConfigError` if an entry is no folder, or one of its files no file of its own."
-    for path in (entry, *(entry/name for name in ('lock', 'journal', 'states.bin'))):
-        if not os.path.lexists(path): continue
-        found = path.lstat(); fine = stat.S_ISDIR(found.st_mode) if path == entry else stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-        if not fine: raise ConfigError(f'{path}: a link or no plain {"folder" if path == entry else "file"}, and writing would change what it leads to; remove it, or set RLHF_FLANT5_CACHE to another folder')
+    if not os.path.lexists(entry): return
+    if not stat.S_ISDIR(entry.lstat().st_mode): raise _linked(entry, 'folder')
+    for path in entry.iterdir():
+        with suppress(FileNotFoundError):      # another process has renamed it
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1: raise _linked(path, 'file')
 
 # %% ../../nbs/50_training/59a_states.ipynb #0d37ef19
-def _refused(kept, error:OSError): 
-    return ConfigError(f'{kept.path}: {kept.nbytes/2**20:,.1f} MiB of states cannot be kept here ({error.strerror or error}); make room, or set RLHF_FLANT5_CACHE to another folder; what is done stays')
+def _refused(kept:KeptStates, error:OSError) -> ConfigError:
+    return ConfigError(f'{kept.path}: {kept.nbytes/2**20:,.1f} MiB of states cannot be kept here '
+                       f'({error.strerror or error}); make room, or set RLHF_FLANT5_CACHE to another folder; '
+                       'what is done stays')
+
+# %% ../../nbs/50_training/59a_states.ipynb #d4a7d860
+@contextmanager
+def _locked(path:Path, waits:str):
+    "Hold the lock of `path`; log `waits` if another process holds it."
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        log.info(waits)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
 
 @contextmanager
 def _alone(kept:KeptStates):
     "The entry's folder, for one process at a time. Raises `ConfigError` for what the disk refuses."
     try:
-        _refuse_links(kept.path); kept.path.mkdir(parents=True, exist_ok=True); lock = FileLock(kept.path/'lock')
-        try: lock.acquire(timeout=0)
-        except Timeout: log.info(f'{kept.path}: another process computes these states; waiting for it'); lock.acquire()
-        try: yield
-        finally: lock.release()
+        _refuse_links(kept.path)
+        kept.path.mkdir(parents=True, exist_ok=True)
+        with _locked(kept.path/'lock', f'{kept.path}: another process computes these states; waiting for it'): yield
     except OSError as e: raise _refused(kept, e) from None
 
-# %% ../../nbs/50_training/59a_states.ipynb #f146bb2d
-def _fill(kept:KeptStates, segments, todo, tokens, compute):
-    "Compute and write the segments of `todo`."
-    start, left = time.monotonic(), sum(tokens[i] for i in todo[1:])/tokens[todo[0]]   # in units of the first
-    hidden = True if os.environ.get('TQDM_DISABLE') or not is_first() else None      # None: on a terminal only
-    with tqdm(total=sum(len(segments[i]) for i in todo), desc='states', unit='pair', disable=hidden) as bar:
-        for i in todo:
-            states = compute(segments[i])
-            try: kept._write(i, segments[i], states)
-            except OSError as e: raise _refused(kept, e) from None
-            bar.update(len(segments[i]))
-            if i == todo[0] and (left := left*(time.monotonic() - start)) > 10: log.info(f'about {left/60:,.1f} minutes are left')
+# %% ../../nbs/50_training/59a_states.ipynb #61703f64
+def _check_room(kept:KeptStates, segments:list[int]):
+    "Raise `OSError` if the disk has no room for some segments."
+    needed = sum(len(kept.segments[i]) for i in segments)*kept.pair_nbytes
+    free = shutil.disk_usage(kept.path).free
+    if needed > free: raise OSError(errno.ENOSPC, f'{free/2**20:,.1f} MiB are free')
 
-def _say(kept:KeptStates, n:int, n_todo:int, n_damaged:int):
-    "One line on an entry of `n` segments."
+# %% ../../nbs/50_training/59a_states.ipynb #f146bb2d
+def _fill(kept:KeptStates, todo:list[int], tokens:np.ndarray, compute):
+    "Compute and write the segments of `todo`."
+    hidden = True if os.environ.get('TQDM_DISABLE') or not is_first() else None      # None: on a terminal only
+    n_pairs = sum(len(kept.segments[i]) for i in todo)
+    start = time.monotonic()
+    with tqdm(total=n_pairs, desc='states', unit='pair', disable=hidden) as bar:
+        for i in todo:
+            states = compute(kept.segments[i])
+            try: kept.write_segment(i, states)
+            except OSError as e: raise _refused(kept, e) from None
+            bar.update(len(states))
+            if i == todo[0]: _log_time_left(time.monotonic() - start, tokens[todo])
+
+# %% ../../nbs/50_training/59a_states.ipynb #9b472a53
+def _log_time_left(seconds:float,        # that the first segment took
+                   tokens:np.ndarray):   # of all segments that are computed
+    left = seconds*tokens[1:].sum()/tokens[0]
+    if left > 10: log.info(f'about {left/60:,.1f} minutes are left')
+
+# %% ../../nbs/50_training/59a_states.ipynb #620765f4
+def _log_found(kept:KeptStates, missing:list[int]):
+    "One line on an entry as it is found."
+    n, n_there = len(kept.segments), len(kept.segments) - len(missing)
     what = f'{len(kept):,} pairs, {kept.nbytes/2**20:,.1f} MiB in {kept.path}'
-    if not n_todo: return log.info(f'states kept: {what}')
-    there = f'; {n - n_todo} of {n} segments are there' if n_todo < n else ''
+    if not missing: return log.info(f'states kept: {what}')
+    n_damaged = sum(kept.segment_path(i).exists() for i in missing)
+    there = f'; {n_there} of {n} segments are there' if n_there else ''
     if n_damaged: log.warning(f'kept states are damaged, {n_damaged} of {n} segments are computed again: {what}{there}')
     else: log.info(f'states to compute once and keep: {what}{there}')
 
 # %% ../../nbs/50_training/59a_states.ipynb #5da4d308
-def _missing(kept, segments) -> list[int]: # segments
-    "What the entry lacks, after its room on the disk is made and its journal is read."
-    kept._allocate(); promised = kept._journalled()
-    todo = [i for i, rows in enumerate(segments) if not kept._holds(rows, promised.get(i))]
-    _say(kept, len(segments), len(todo), sum(i in promised for i in todo))
-    return todo
+def _whole_read_only(kept:KeptStates) -> bool:
+    "Whether a cache that can't be written holds all states of an entry."
+    if os.access(kept.path, os.W_OK): return False
+    _refuse_links(kept.path)
+    return not kept.missing()
 
-def _whole(kept, segments) -> bool:
-    "Whether all states of an entry are there, found without writing anything."
-    states = kept.path/'states.bin'
-    if not states.is_file() or states.stat().st_size != kept.nbytes: return False
-    promised = kept._promised() or {}
-    return all(kept._holds(rows, promised.get(i)) for i, rows in enumerate(segments))
+def _to_compute(kept:KeptStates, lock:ExitStack) -> list[int]: # segments
+    "What the entry lacks, with the entry locked; nothing, and no lock, if a cache that can't be written is whole."
+    if _whole_read_only(kept): missing = []
+    else:
+        lock.enter_context(_alone(kept))
+        remove_leftovers(kept.path)
+        missing = kept.missing()
+        _check_room(kept, missing)
+    _log_found(kept, missing)
+    return missing
 
-def _to_compute(kept, segments, lock:ExitStack) -> list[int]: # segments
-    "What the entry lacks, with the entry locked; nothing, and no lock, where a cache that can't be written holds it whole."
-    if not os.access(kept.path, os.W_OK):
-        _refuse_links(kept.path)
-        if _whole(kept, segments):
-            _say(kept, len(segments), 0, 0)
-            return []
-    lock.enter_context(_alone(kept))
-    return _missing(kept, segments)
+# %% ../../nbs/50_training/59a_states.ipynb #f2f6ea41
+def _unseen(kept:KeptStates) -> ConfigError:
+    return ConfigError(f'{kept.path}: not seen by process {rank()}; the processes of a run share one cache: '
+                       'set RLHF_FLANT5_CACHE to a folder that all machines see')
 
-# %% ../../nbs/50_training/59a_states.ipynb #5c475e8f
+# %% ../../nbs/50_training/59a_states.ipynb #37e3c91a
 def keep_states(backbone:Backbone,      # frozen
                 batches:PairBatches,    # of tokens
                 folder:Path|None=None,  # None: `cache_folder()`
@@ -229,37 +202,43 @@ def keep_states(backbone:Backbone,      # frozen
                 autocast=None,          # context for the backbone's precision
                 precision:str='fp32'    # what it computes in
                ) -> KeptStates:
-    "The states of all pairs, computed unless they are kept; all processes must call it. Raises `ValueError` for a trained backbone, `ConfigError` if the disk refuses."
-    if backbone.trained: raise ValueError('the backbone is trained, so its states change; only states of a frozen backbone can be kept')
+    """The states of all pairs, computed unless they are kept; all processes must call it.
+    Raises `ValueError` for a trained backbone, `ConfigError` if the disk refuses."""
+    if backbone.trained:
+        raise ValueError('the backbone is trained, so its states change; '
+                         'only states of a frozen backbone can be kept')
     if dtype not in ('float16', 'float32'): raise ValueError(f'dtype={dtype!r}: must be float16 or float32')
-    kept = KeptStates(folder or cache_folder(), format=FORMAT, segment=SEGMENT, weights=weights_digest(backbone), tokens=tokens_digest(batches), dtype=dtype,
-                      precision=precision, pairs=len(batches), width=backbone.d_model, **stack_blocks(backbone))
-    order = np.argsort(-batches.lengths, kind='stable'); segments = [order[i:i + SEGMENT] for i in range(0, len(order), SEGMENT)]
-    tokens = np.array([batches.tokens[rows].sum() for rows in segments])
+    kept = _entry(backbone, batches, folder, dtype, precision)
+    tokens = np.array([batches.tokens[rows].sum() for rows in kept.segments])
+    def compute(rows): return first_states(backbone, batches, rows, autocast)
     with ExitStack() as lock:
-        todo = np.array(on_first(lambda: _to_compute(kept, segments, lock)), dtype=int)
-        if not (kept.path/'states.bin').exists(): raise ConfigError(f'{kept.path}: not seen by process {rank()}; the processes of a run share one cache: set RLHF_FLANT5_CACHE to a folder that all machines see')
-        own = todo[deal(tokens[todo], n_processes())[rank()]]
-        if len(own): _fill(kept, segments, own, tokens, lambda rows: first_states(backbone, batches, rows, autocast))
+        todo = np.array(on_first(lambda: _to_compute(kept, lock)), dtype=int)
+        if not kept.path.is_dir(): raise _unseen(kept)
+        own = todo[deal(tokens[todo], n_processes())[rank()]].tolist()
+        if own: _fill(kept, own, tokens, compute)
         wait_for_all()
     return kept
 
 # %% ../../nbs/50_training/59a_states.ipynb #66da5c34
 def kept_features(model:RewardModel,  # its backbone frozen, its features cacheable
                   kept:KeptStates     # of a backbone with the stack that the model reads
-                 ) -> np.ndarray: # (pairs, 2, K, D): what `model.features` gives, K blocks
+                 ) -> MappedStates: # (pairs, 2, K, D): what `model.features` gives, K blocks
     "The model's part of what is kept. Raises `ValueError` for a model whose features can't be kept."
-    if model.backbone.trained or not model.cacheable: raise ValueError(f'{type(model).__name__}: only states of a frozen backbone, read at one position, can be kept')
+    name = type(model).__name__
+    if model.backbone.trained or not model.cacheable:
+        raise ValueError(f'{name}: only states of a frozen backbone, read at one position, can be kept')
     stack = getattr(kept, model.stack)
-    if stack is None: raise ValueError(f'{type(model).__name__} reads the {model.stack}; the entry was computed without one')
-    return stack[:, :, stack.shape[2] - model.n_blocks:]
+    if stack is None: raise ValueError(f'{name} reads the {model.stack}; the entry was computed without one')
+    n = stack.shape[2]
+    return stack.blocks(n - model.n_blocks, n)
 
 # %% ../../nbs/50_training/59a_states.ipynb #07ad2c74
 def without_decoder(backbone:Backbone # frozen
                    ) -> Backbone:     # on the same weights
     "The encoder alone."
     t = backbone.transformer
-    with torch.device('meta'): small = T5EncoderModel(type(t.config).from_dict(t.config.to_dict()))
+    config = type(t.config).from_dict(t.config.to_dict())
+    with torch.device('meta'): small = T5EncoderModel(config)
     small.shared, small.encoder = t.shared, t.encoder
     return Backbone(small, train_transformer=False, lora=backbone.lora)
 
@@ -267,13 +246,14 @@ def without_decoder(backbone:Backbone # frozen
 class FeatureBatches(PairBatches):
     "Batches of kept features; steps and pairs as in the batches of tokens they were computed from."
     def __init__(self,
-                 features:np.ndarray|torch.Tensor,   # (pairs, 2, K, D), on the CPU
+                 features:MappedStates|np.ndarray,   # (pairs, 2, K, D)
                  batches:PairBatches):               # whose pairs they are
-        self.features, self.ids, self.subsets = np.asarray(features), batches.ids, batches.subsets
+        self.features, self.ids, self.subsets = features, batches.ids, batches.subsets
         self.batch_size, self.seed, self.token_budget = batches.batch_size, batches.seed, 2*batches.batch_size
         self.process, self.n_processes = batches.process, batches.n_processes
-        self.lengths, self.tokens = np.ones(len(self.features), dtype=int), np.full(len(self.features), 2)
+        self.lengths, self.tokens = np.ones(len(features), dtype=int), np.full(len(features), 2)
 
     def micro_batch(self, rows) -> MicroBatch:
-        f = torch.from_numpy(self.features[rows]).transpose(0, 1).flatten(0, 1).float()     # (B, 2, K, D) -> (2B, K, D), chosen first
+        f = torch.from_numpy(self.features[rows])            # (B, 2, K, D)
+        f = f.transpose(0, 1).flatten(0, 1).float()           # (2B, K, D), chosen first
         return MicroBatch(dict(features=f), rows, len(f), len(f))
