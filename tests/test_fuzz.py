@@ -368,7 +368,7 @@ def check_settings(overrides):
     assert typed(tree, schema.Config), tree
     model = next(k for k in (schema.FullPooledModelConfig, schema.PooledModelConfig, schema.ModelConfig) if {f.name for f in dataclasses.fields(k)} == {*tree['model']})
     assert typed(tree['model'], model), tree
-    for k in names._keys(cfg):
+    for k in names.setting_keys(cfg):
         v = OmegaConf.select(cfg, k)
         for pattern, (ok, _) in RULES.items(): assert not re.fullmatch(pattern, k) or ok(v), (k, v)
         if isinstance(v, int): assert -2**32 < v < 2**32

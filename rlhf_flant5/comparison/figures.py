@@ -20,7 +20,7 @@ from .scores import disagreement_numbers, speed_is_own
 from .tables import p_text
 from ..core.figures import BOOK_STYLE, figure
 from ..core.files import ConfigError, first_line, read_bytes
-from ..core.trust import _number
+from ..core.trust import HistoryPoint, trusted
 from ..metrics.accuracy import wilson
 from ..metrics.calibration import reliability
 
@@ -167,10 +167,8 @@ def curve(run:Saved) -> pd.Series: # batch -> validation accuracy
     "A run's learning curve. Raises `ConfigError` for a damaged history."
     path = run.folder/'results'/'history.jsonl'
     def point(h):
-        batch, accuracy = h['batch'], h['validation/accuracy']
-        if type(batch) is not int or not 0 <= batch < 2**31 or not _number(accuracy, 0, 1):
-            raise ValueError(f'batch {str(batch)[:20]!r} with accuracy {str(accuracy)[:20]!r}')
-        return batch, float(accuracy)
+        found = trusted(HistoryPoint, h, path)
+        return found.batch, found.accuracy
     try:
         rows = map(json.loads, read_bytes(path, 2**28).splitlines())
         found = dict(point(h) for h in rows if 'validation/accuracy' in h.keys())

@@ -13,12 +13,17 @@ def add_settings(p:Parser,
                  of:str='' # whose settings
                 ):
     "The settings of a run, and the options that are about them."
-    p.add_argument('settings', nargs='*', metavar='key=value', help=f'settings{of}; --help-settings lists them all')
-    p.add_argument('--config', metavar='FILE', help='a YAML file of settings, or the folder of a run; the command line has the last word')
-    p.add_argument('--cfg', action='store_true', help='print the configuration with the meaning of each setting, and exit')
-    p.add_argument('--help-settings', action='store_true', help='list all settings with meaning and default, and exit')
+    p.add_argument('settings', nargs='*', metavar='key=value',
+                   help=f'settings{of}; --help-settings lists them all')
+    p.add_argument('--config', metavar='FILE',
+                   help='a YAML file of settings, or the folder of a run; the command line has the last word')
+    p.add_argument('--cfg', action='store_true',
+                   help='print the configuration with the meaning of each setting, and exit')
+    p.add_argument('--help-settings', action='store_true',
+                   help='list all settings with meaning and default, and exit')
     p.set_defaults(check=check_settings)
 
+# %% ../../nbs/05_config/09_options.ipynb #b85f14fb
 def check_settings(args) -> int|None: # exit code, if everything is said
     "Answer what is asked of settings, and refuse those that can't be meant. Raises `ConfigError`."
     from rlhf_flant5.config.compose import check_early, settings_help, show_config, with_file

@@ -39,19 +39,23 @@ class LoraConfig:
     alpha: int                         # scale: the update is multiplied by alpha / r
     target_modules: list[str]          # linear layers that get an adapter
 
+# %% ../../nbs/05_config/06_schema.ipynb #6ba03304
 @dataclass
 class ModelConfig:
     "What every readout shares: the transformer and how it is trained."
     _target_: str                      # the readout's class
     transformer_name: str              # a model id of the hub, a local folder, or `toy`
     train_transformer: bool            # train end to end, or only the readout
-    use_pretrained_output: bool        # frozen transformer: compute its states once, keep them on disk and train on them
-    kept_dtype: str                    # how those to train on are kept: float16 or float32; those of validation and test are float32
+    # frozen transformer: compute its states once, keep them on disk and train on them
+    use_pretrained_output: bool
+    # how those to train on are kept: float16 or float32; those of validation and test are float32
+    kept_dtype: str
     dropout: Optional[float]           # dropout rate in the transformer; null: the checkpoint's own
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
     attention: str                     # by_text, padded, fused, flex, or auto: the fastest for device and lengths
     lora: LoraConfig                   # adapters instead of full training of the transformer
-    start_from: Optional[str]          # begin with all weights of this run or saved reward model, of the same readout; null: a new readout
+    # begin with all weights of this run or saved reward model, of the same readout; null: a new readout
+    start_from: Optional[str]
     readout_additional_layers: list[int]  # widths of the hidden layers of the reward head
 
 # %% ../../nbs/05_config/06_schema.ipynb #ee70476d
@@ -71,15 +75,17 @@ class FullPooledModelConfig(ModelConfig):
 # %% ../../nbs/05_config/06_schema.ipynb #485fc321
 @dataclass
 class OptimizerConfig:
-    "The optimizer and its rate, which goes from `init_lr` to `final_lr` by a schedule (nbs/50_training/59_loop.ipynb has the formulas)."
+    "The optimizer and its rate, which goes from `init_lr` to `final_lr` by a schedule (nbs/50_training/56_schedule.ipynb)."
     type: str                          # Adam or AdamW
     init_lr: float                     # rate at the beginning, after the warm-up
     final_lr: float                    # rate of the last batch
-    schedule: str                      # epochs: exponential, once an epoch; steps: exponential, each batch; linear; cosine; constant: stays at init_lr
+    # epochs: exponential, once an epoch; steps: exponential, each batch; linear; cosine; constant: stays at init_lr
+    schedule: str
     warmup: Any                        # linear warm-up over so many batches, or, below 1, over this share of the run
     weight_decay: float                # of AdamW, decoupled; of Adam, added to the gradient
     max_grad_norm: Optional[float]     # clip the gradient to this norm; null: never
 
+# %% ../../nbs/05_config/06_schema.ipynb #053f421c
 @dataclass
 class IntervalConfig:
     "How often something happens."
@@ -96,6 +102,7 @@ class IntervalsConfig:
     progress_logging: IntervalConfig      # a line in the log
     checkpointing: IntervalConfig         # what resume=true goes on from
 
+# %% ../../nbs/05_config/06_schema.ipynb #b00de236
 @dataclass
 class LoopConfig:
     "The training loop. Batch sizes are in pairs."
@@ -103,7 +110,8 @@ class LoopConfig:
     val_batch_size: int                # at most so many pairs at once in validation
     n_val_data: int                    # at most so many validation pairs; 8,196 is the original program's value
     n_epochs: int                      # passes over the training pairs
-    n_batches: int                     # end after so many batches, before the last of n_epochs or beyond it; 0: n_epochs decides
+    # end after so many batches, before the last of n_epochs or beyond it; 0: n_epochs decides
+    n_batches: int
     max_non_optim_vals: int            # early stopping: end after so many validations without a lower loss
     n_checkpoints: int                 # keep the last so many
     intervals: IntervalsConfig
@@ -111,8 +119,10 @@ class LoopConfig:
 # %% ../../nbs/05_config/06_schema.ipynb #0054f3f7
 @dataclass
 class TrainingConfig:
-    precision: str                     # auto, fp32 or bf16, of training and the validations on the way; final scores are always fp32
-    token_budget: Any                  # padded tokens that pass through the model at once, or auto: what fits and is fast
+    # auto, fp32 or bf16, of training and the validations on the way; final scores are always fp32
+    precision: str
+    # padded tokens that pass through the model at once, or auto: what fits and is fast
+    token_budget: Any
     compile: Any                       # true, false, or auto: if the run is long enough to earn the warm-up back
     optimizer: OptimizerConfig
     loop: LoopConfig
@@ -121,7 +131,8 @@ class TrainingConfig:
 @dataclass
 class DistributedConfig:
     "Several processes, each with a device."
-    n_processes: Optional[int]         # so many on this machine; null: one for each GPU if use_multi_gpu_if_available, else one
+    # so many on this machine; null: one for each GPU if use_multi_gpu_if_available, else one
+    n_processes: Optional[int]
     strategy: str                      # ddp: each holds the whole model; fsdp: each holds its part of it
     timeout: int                       # minutes that a process waits for the others before it gives up
 
@@ -129,11 +140,13 @@ class DistributedConfig:
 class SimManConfig:
     allow_untracked: bool              # run although the repository has untracked files
 
+# %% ../../nbs/05_config/06_schema.ipynb #b24ae06d
 @dataclass
 class Config:
     desc: str                          # names the run's folder, with index: desc-<desc>,index-<index>
     index: int                         # which try of it; a folder is never written over
-    seed: int                          # weights, dropout, and the order of the pairs unless data.order_seed names another
+    # weights, dropout, and the order of the pairs unless data.order_seed names another
+    seed: int
     device_name: Optional[str]         # cpu, cuda, cuda:1, mps; null: the best there is
     use_multi_gpu_if_available: bool   # a process for each GPU of the machine
     resume: bool                       # go on with the run of this desc and index, if there is one
@@ -144,11 +157,12 @@ class Config:
     training: TrainingConfig
 
 # %% ../../nbs/05_config/06_schema.ipynb #845ed52b
+CONFIG_DIR = Path(rlhf_flant5.__file__).parent/'config'
 _store = ConfigStore.instance()
 _store.store(name='config_schema', node=Config)
-for _name, _node in dict(model_schema=ModelConfig, pooled_schema=PooledModelConfig, full_pooled_schema=FullPooledModelConfig).items():
-    _store.store(group='model', name=_name, node=_node)
-CONFIG_DIR = Path(rlhf_flant5.__file__).parent/'config'
+_store.store(group='model', name='model_schema', node=ModelConfig)
+_store.store(group='model', name='pooled_schema', node=PooledModelConfig)
+_store.store(group='model', name='full_pooled_schema', node=FullPooledModelConfig)
 
 # %% ../../nbs/05_config/06_schema.ipynb #e87735f8
 def _comments(cls):
@@ -158,56 +172,89 @@ def _comments(cls):
         if is_dataclass(c): found |= {k: v for k, v in docments(c).items() if v}
     return found
 
+def _nodes(kind): # the dataclasses that a field can hold
+    if not is_dataclass(kind): return []
+    return [kind, *ModelConfig.__subclasses__()] if kind is ModelConfig else [kind]
+
 def _meanings(cls, prefix=''):
     comments = _comments(cls)
     for f in fields(cls):
         if f.name in comments: yield prefix + f.name, ' '.join(comments[f.name].split())
-        kinds = ModelConfig.__subclasses__() if f.type is ModelConfig else []
-        for kind in ([f.type] if is_dataclass(f.type) else []) + kinds: yield from _meanings(kind, f'{prefix}{f.name}.')
+        for node in _nodes(f.type): yield from _meanings(node, f'{prefix}{f.name}.')
 
 @cache
 def meanings() -> dict[str, str]: # dotted key -> a line; also of settings that only some readouts have
     "What each setting means."
-    return dict(_meanings(Config)) | dict(experiment='a set of defaults: toy, or hh for the recipe of HH-RLHF', model='the readout')
+    groups = dict(experiment='a set of defaults: toy, or hh for the recipe of HH-RLHF', model='the readout')
+    return dict(_meanings(Config)) | groups
 
 # %% ../../nbs/05_config/06_schema.ipynb #6e0d1df6
 def _one_of(*words): return (lambda v: v in words), 'one of ' + ', '.join(map(str, words))
 def _at_least(n): return (lambda v: v is None or v >= n), f'at least {n}'
-def _width(v): return 0 < v <= 65536
-def _warmup(v): return type(v) in (int, float) and (0 <= v < 1 or (v >= 1 and float(v).is_integer()))
-def _folder(v): return re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', v)   # subtle: no `..`, no slash, so that it stays below data.name
-_name = (lambda v: bool(v) and '\0' not in v), 'a name, not empty'
-_interval = r'training\.loop\.intervals\.\w+\.'
+def _or_null(fits): return lambda v: v is None or fits(v)
+
+def _is_name(v): return bool(v) and '\0' not in v
+def _is_between(v): return 0 < v < 1
+def _is_rate(v): return 0 <= v < 1
+def _is_positive(v): return 0 < v < float('inf')
+def _is_penalty(v): return 0 <= v < float('inf')
+def _is_width(v): return 0 < v <= 65536
+def _is_rank(v): return v == 0 or _is_width(v)
+def _are_widths(v): return all(map(_is_width, v))
+def _are_names(v): return len(v) > 0 and all(v)
+
+# %% ../../nbs/05_config/06_schema.ipynb #a03b42f2
+def _is_folder(v): # subtle: no `..`, no slash, so that it stays below data.name
+    return re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,99}', v)
+
+def _are_folders(v): return len(v) > 0 and len(set(v)) == len(v) and all(map(_is_folder, v))
+def _is_budget(v): return v == 'auto' or (type(v) is int and v > 0)
+
+def _is_warmup(v): # a share of the run, or batches
+    if type(v) not in (int, float): return False
+    return 0 <= v < 1 or (v >= 1 and float(v).is_integer())
+
+# %% ../../nbs/05_config/06_schema.ipynb #4a8fb425
 RULES = {   # pattern of the key -> (test, the words after "must be")
     r'index|seed|data\.seed|data\.order_seed': _at_least(0),
-    r'data\.name|model\.transformer_name|model\._target_': _name,
-    r'model\.start_from': ((lambda v: v is None or bool(v) and '\0' not in v), 'null or a name, not empty'),
-    r'data\.val_fraction':  ((lambda v: 0 < v < 1), 'between 0 and 1, both excluded'),
-    r'data\.subdirs':       ((lambda v: len(v) > 0 and len(set(v)) == len(v) and all(map(_folder, v))), 'a list of different subsets, one at least, each a folder\'s name: letters, digits or ._+=@-'),
-    r'data\.max_tokens':    _at_least(2),
-    r'data\.too_long':      _one_of('drop', 'truncate_left', 'error'),
-    r'data\.n_(train|test)_data': _at_least(0),
-    r'model\.dropout':      ((lambda v: v is None or 0 <= v < 1), 'null or at least 0 and below 1'),
+    r'data\.name|model\.transformer_name|model\._target_': (_is_name, 'a name, not empty'),
+    r'model\.start_from': (_or_null(_is_name), 'null or a name, not empty'),
+    r'data\.val_fraction': (_is_between, 'between 0 and 1, both excluded'),
+    r'data\.subdirs': (_are_folders, 'a list of different subsets, one at least, '
+                                     "each a folder's name: letters, digits or ._+=@-"),
+    r'data\.max_tokens': _at_least(2),
+    r'data\.too_long': _one_of('drop', 'truncate_left', 'error'),
+    r'data\.n_(train|test)_data': _at_least(0)}
+
+# %% ../../nbs/05_config/06_schema.ipynb #a6d7d02d
+RULES |= {
+    r'model\.dropout': (_or_null(_is_rate), 'null or at least 0 and below 1'),
     r'model\.n_blocks_to_use|model\.lora\.alpha': _at_least(1),
-    r'model\.\w*output_dim': (_width, 'from 1 to 65,536'),
-    r'model\.readout_additional_layers': ((lambda v: all(map(_width, v))), 'a list of widths from 1 to 65,536'),
-    r'model\.lora\.r':      ((lambda v: v == 0 or _width(v)), 'from 0 to 65,536'),
-    r'model\.lora\.target_modules': ((lambda v: len(v) > 0 and all(v)), 'a list of names, one at least'),
-    r'model\.kept_dtype':  _one_of('float16', 'float32'),
-    r'model\.attention':   _one_of('auto', 'by_text', 'padded', 'fused', 'flex')}
+    r'model\.\w*output_dim': (_is_width, 'from 1 to 65,536'),
+    r'model\.readout_additional_layers': (_are_widths, 'a list of widths from 1 to 65,536'),
+    r'model\.lora\.r': (_is_rank, 'from 0 to 65,536'),
+    r'model\.lora\.target_modules': (_are_names, 'a list of names, one at least'),
+    r'model\.kept_dtype': _one_of('float16', 'float32'),
+    r'model\.attention': _one_of('auto', 'by_text', 'padded', 'fused', 'flex')}
 
 # %% ../../nbs/05_config/06_schema.ipynb #cb21b56b
+_counts = 'train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals|n_checkpoints'
+_interval = r'training\.loop\.intervals\.\w+\.'
 RULES |= {
-    r'training\.compile':  _one_of('auto', True, False),
-    r'training\.token_budget': ((lambda v: v == 'auto' or (type(v) is int and v > 0)), 'auto or a whole number above 0'),
+    r'training\.compile': _one_of('auto', True, False),
+    r'training\.token_budget': (_is_budget, 'auto or a whole number above 0'),
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),
-    r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': ((lambda v: v is None or 0 < v < float('inf')), 'above 0 and finite'),
-    r'training\.optimizer\.weight_decay': ((lambda v: 0 <= v < float('inf')), 'at least 0 and finite'),
+    r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': (_or_null(_is_positive), 'above 0 and finite'),
+    r'training\.optimizer\.weight_decay': (_is_penalty, 'at least 0 and finite'),
     r'training\.optimizer\.schedule': _one_of('epochs', 'steps', 'linear', 'cosine', 'constant'),
-    r'training\.optimizer\.warmup': (_warmup, 'a whole number of batches, or a share of the run from 0 to 1, 1 excluded'),
-    r'training\.loop\.(train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals|n_checkpoints)|distributed\.(n_processes|timeout)': _at_least(1),
+    r'training\.optimizer\.warmup': (_is_warmup, 'a whole number of batches, '
+                                                 'or a share of the run from 0 to 1, 1 excluded'),
+    rf'training\.loop\.({_counts})|distributed\.(n_processes|timeout)': _at_least(1),
     r'distributed\.strategy': _one_of('ddp', 'fsdp'),
-    r'training\.loop\.n_batches': _at_least(0),
+    r'training\.loop\.n_batches': _at_least(0)}
+
+# %% ../../nbs/05_config/06_schema.ipynb #942e4c05
+RULES |= {
     _interval + 'interval_val': _at_least(1),
     _interval + 'interval_type': _one_of('per-epoch', 'epochs', 'batches', 'never'),
     _interval + 'max_n_intervals': _at_least(-1),

@@ -12,8 +12,9 @@ from fastcore.docments import docments
 def show_parameters(*functions):
     "Add the docments of functions to their docstrings, for `help()`, which does not show comments."
     for f in functions:
-        f = getattr(f, '__func__', f)
-        notes = {name: note for name, note in docments(f).items() if note}
-        lines = [f'    {"returns" if name == "return" else name}: {" ".join(note.split())}' for name, note in notes.items()]
-        f.__doc__ = '\n'.join([f.__doc__ or '', '', *lines])
-
+        f = getattr(f, '__func__', f)      # of a method
+        lines = [f.__doc__ or '', '']
+        for name, note in docments(f).items():
+            shown = 'returns' if name == 'return' else name
+            if note: lines.append(f'    {shown}: {" ".join(note.split())}')
+        f.__doc__ = '\n'.join(lines)

@@ -9,9 +9,13 @@ __all__ = ['BOOK_STYLE', 'figure', 'markdown_table']
 from cycler import cycler
 
 # %% ../../nbs/00_core/02_figures.ipynb #a3b9c3ec
-BOOK_STYLE = {'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'grid.linewidth': .6, 'font.size': 9,
-              'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False, 'figure.dpi': 100,
-              'axes.prop_cycle': cycler(color=['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555'])}
+_COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555']   # of Okabe and Ito
+BOOK_STYLE = {
+    'axes.spines.top': False, 'axes.spines.right': False,
+    'axes.grid': True, 'grid.alpha': .25, 'grid.linewidth': .6,
+    'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+    'legend.frameon': False, 'figure.dpi': 100,
+    'axes.prop_cycle': cycler(color=_COLOURS)}
 
 def figure(n_cols:int=1,       # axes side by side
            n_rows:int=1,
@@ -25,9 +29,16 @@ def figure(n_cols:int=1,       # axes side by side
     return plt.subplots(n_rows, n_cols, figsize=(width*n_cols, height*n_rows), layout='constrained', **kwargs)
 
 # %% ../../nbs/00_core/02_figures.ipynb #6c2984d9
+def _cell(value): return str(value).replace('|', '¦').replace('\n', ' ')
+
+def _table_line(cells, widths):
+    padded = [c.ljust(w) for c, w in zip(cells, widths)]
+    return '| ' + ' | '.join(padded) + ' |'
+
 def markdown_table(header:list, rows:list[list]) -> str:
     "A table that reads well as text and renders as Markdown."
-    text = lambda row: [str(c).replace('|', '¦').replace('\n', ' ') for c in row]
-    header, rows = text(header), [*map(text, rows)]; widths = [max(map(len, col)) for col in zip(header, *rows)]
-    line = lambda cells: '| ' + ' | '.join(c.ljust(w) for c, w in zip(cells, widths)) + ' |'
-    return '\n'.join([line(header), '|' + '|'.join('-'*(w + 2) for w in widths) + '|', *map(line, rows)])
+    lines = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = '|' + '|'.join('-'*(w + 2) for w in widths) + '|'
+    head, *body = [_table_line(cells, widths) for cells in lines]
+    return '\n'.join([head, rule, *body])

@@ -19,36 +19,42 @@ def set_seed(seed:int):
 
 # %% ../../nbs/00_core/03_machine.ipynb #a8b5709c
 def best_device(name:Optional[str]=None # `cpu`, `cuda`, `cuda:1`, `mps`; None: the best there is
-               ) -> 'torch.device':
+               ) -> torch.device:
     "The device to train on: CUDA, else Apple's MPS, else the CPU. Raises `ConfigError` for one that is unknown or not there."
-    import torch
-    there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    there = ['cuda']*torch.cuda.is_available() + ['mps']*torch.backends.mps.is_available() + ['cpu']
     if name is None: return torch.device(there[0])
+    where, choices = f'device_name={name}', ', '.join(there)
     try: device = torch.device(name)
-    except RuntimeError: raise ConfigError(f'device_name={name}: no such device; take one of {", ".join(there)}, or null for the best') from None
-    if device.type not in there: raise ConfigError(f'device_name={name}: not available here; this machine has {", ".join(there)}')
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f'device_name={name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0')
+    except RuntimeError:
+        raise ConfigError(f'{where}: no such device; take one of {choices}, or null for the best') from None
+    if device.type not in there: raise ConfigError(f'{where}: not available here; this machine has {choices}')
+    n = torch.cuda.device_count()
+    if device.type == 'cuda' and (device.index or 0) >= n:
+        raise ConfigError(f'{where}: this machine has {n} CUDA devices, counted from 0')
     return device
 
 # %% ../../nbs/00_core/03_machine.ipynb #1969d21f
+def _computes_bf16(device): # or emulates it?
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != 'cpu': return False
+    can = torch.cpu.get_capabilities()
+    return can.get('amx_bf16') or can.get('avx512_bf16')
+
 def choose_precision(precision:str, # auto, fp32 or bf16
-                     device:'torch.device'
+                     device:torch.device
                     ) -> str: # fp32 or bf16
     "bf16 where the hardware computes in it, else fp32, unless one is named."
-    import torch
     if precision != 'auto': return precision
-    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-    if device.type == 'cpu':
-        can = torch.cpu.get_capabilities()
-        return 'bf16' if can.get('amx_bf16') or can.get('avx512_bf16') else 'fp32'
-    return 'fp32'
+    return 'bf16' if _computes_bf16(device) else 'fp32'
 
 # %% ../../nbs/00_core/03_machine.ipynb #51fc4841
 def peak_memory(device) -> int: # bytes
     "Peak memory of the process, or of the GPU if one is used."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    unit = 1 if sys.platform == 'darwin' else 1024      # what macOS counts in, and Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../../nbs/00_core/03_machine.ipynb #b2f5d5b0
-def precision_name(accelerator): return accelerator.mixed_precision.replace('no', 'fp32')
+def precision_name(accelerator) -> str: # fp32 or bf16
+    "The precision that an accelerator computes in."
+    return accelerator.mixed_precision.replace('no', 'fp32')

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['rank', 'n_processes', 'is_first', 'wait_for_all', 'named_processes', 'EndedElsewhere', 'on_first', 'first_then_all',
            'launch', 'end_code', 'lost_processes', 'summed', 'highest', 'collected', 'share_model', 'unsynced',
-           'plain_names', 'weights_of', 'put_weights', 'moments_of', 'put_moments']
+           'weights_of', 'put_weights', 'moments_of', 'put_moments']
 
 # %% ../../nbs/00_core/07_processes.ipynb #cbaea988
 import contextlib, os, re, signal, socket, sys, time, traceback, warnings
+from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing import connection
 import numpy as np
@@ -29,30 +30,41 @@ from .program import INTERRUPTED
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0
 def n_processes() -> int: return dist.get_world_size() if dist.is_initialized() else 1
 def is_first() -> bool: return rank() == 0
-def wait_for_all(): 
+
+def wait_for_all():
     if n_processes() > 1: dist.barrier()
 
 # %% ../../nbs/00_core/07_processes.ipynb #ca3989ad
-_way_out = 'unset WORLD_SIZE to run in one process, or start a group with torchrun'
+_remedy = 'unset WORLD_SIZE to run in one process, or start a group with torchrun'
 
 def _number(name, least, most=2**31):
     "A whole number in the environment. Raises `ConfigError`."
-    said = os.environ[name]
-    if re.fullmatch('[0-9]{1,10}', said) and least <= int(said) <= most: return int(said)
-    raise ConfigError(f'{name}={said!r}: must be a whole number from {least} to {most}; {_way_out}')
+    value = os.environ[name]
+    if re.fullmatch('[0-9]{1,10}', value) and least <= int(value) <= most: return int(value)
+    raise ConfigError(f'{name}={value!r}: must be a whole number from {least} to {most}; {_remedy}')
 
+# %% ../../nbs/00_core/07_processes.ipynb #18aac0ec
 def named_processes() -> int: # 1 outside of a group
     "How many processes something else has started, by the variables that `torchrun` sets. Raises `ConfigError` for half of them."
     n = _number('WORLD_SIZE', 1) if 'WORLD_SIZE' in os.environ else 1
     if n == 1: return 1
-    missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-    if missing: raise ConfigError(f'WORLD_SIZE={n} without {", ".join(missing)}: a group needs all of them; {_way_out}')
-    for name, most in dict(RANK=n - 1, LOCAL_RANK=n - 1, MASTER_PORT=65535).items(): _number(name, 0, most)
+    needed = 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing: raise ConfigError(f'WORLD_SIZE={n} without {", ".join(missing)}: a group needs all of them; {_remedy}')
+    _number('RANK', 0, n - 1)
+    _number('LOCAL_RANK', 0, n - 1)
+    _number('MASTER_PORT', 0, 65535)
     return n
 
 # %% ../../nbs/00_core/07_processes.ipynb #e9946898
 class EndedElsewhere(RuntimeError):
     "Another process of the group has ended, or failed and says why."
+
+def _from_first(x):
+    "The first process's `x`, in all of them."
+    box = [x]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 def on_first(f:Callable):
     "The result of `f()`, called in the first process alone. Raises its error there, and `EndedElsewhere` in the others."
@@ -61,7 +73,7 @@ def on_first(f:Callable):
         try: out = f()
         except BaseException as e: error = e
     if n_processes() > 1:
-        box = [(out, error is not None)]; dist.broadcast_object_list(box); out, failed = box[0]
+        out, failed = _from_first((out, error is not None))
         if failed and error is None: raise EndedElsewhere('the first process failed')
     if error is not None: raise error
     return out
@@ -69,8 +81,9 @@ def on_first(f:Callable):
 # %% ../../nbs/00_core/07_processes.ipynb #35e1a19a
 def first_then_all(f:Callable):
     "The result of `f()` in each process, called in the first one before the others. Raises as `on_first` does."
-    box = []; on_first(lambda: box.append(f()))
-    return box[0] if box else f()
+    results = []
+    on_first(lambda: results.append(f()))
+    return results[0] if results else f()
 
 # %% ../../nbs/00_core/07_processes.ipynb #4d629e87
 def _free_port():
@@ -78,12 +91,18 @@ def _free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
-def _begin(i, n, port, target, args):
+def _enter_group(i, n, port):
+    "Make a new process the `i`th of `n`."
     os.setsid()                          # subtle: a terminal's Ctrl-C would reach them beside what the parent passes on
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork inherits the parent's way of passing signals on
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     AcceleratorState._reset_state(reset_partial_state=True)   # and the state of a single process
-    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+
+# %% ../../nbs/00_core/07_processes.ipynb #d09b6344
+def _begin(i, n, port, target, args):
+    _enter_group(i, n, port)
     try: code = target(*args)
     except KeyboardInterrupt: code = INTERRUPTED
     except Exception:                    # one that nobody expected: who fails says it, before anybody is ended
@@ -91,6 +110,7 @@ def _begin(i, n, port, target, args):
         code = 1
     sys.exit(code)
 
+# %% ../../nbs/00_core/07_processes.ipynb #354a1c72
 def _wait(processes, grace:float) -> list[int|None]: # exit codes; None: did not end by itself
     "Wait for a group. When one fails the others have `grace` seconds to end by themselves, then they are ended."
     running = list(processes)
@@ -129,50 +149,75 @@ def launch(n:int,              # processes
     return end_code(codes, asked[-1] if asked else None)
 
 # %% ../../nbs/00_core/07_processes.ipynb #a92ab569
+def _own_code(c, asked): # what a process's exit code stands for
+    if c is None: return INTERRUPTED if asked else 1
+    if c >= 0: return c
+    return INTERRUPTED if asked else 128 - c       # killed by a signal: as shells say it
+
+def _report_killed(codes):
+    for i, c in enumerate(codes, 1):
+        if c != -signal.SIGKILL: continue
+        seen = f'process {i} of {len(codes)} was killed (SIGKILL); out of memory?'
+        print(f'failed: {seen} What is done stays; go on with resume=true', file=sys.stderr, flush=True)
+
+# %% ../../nbs/00_core/07_processes.ipynb #66458b0e
 def end_code(codes:list[int|None],   # negative: killed by that signal; None: did not end by itself
              asked:int|None=None     # the signal by which all were asked to stop
             ) -> int:
     "One exit code for a group of processes; says what those that were killed could not say."
-    lost = INTERRUPTED if asked else 1
-    ended = [lost if c is None or (asked and c < 0) else 128 - c if c < 0 else c for c in codes]
-    code = max(ended, key=lambda c: (c != 0, c != 1))
+    ended = [_own_code(c, asked) for c in codes]
+    code = max(ended, key=lambda c: (c != 0, c != 1))      # any but 1, else 1, else 0
     if asked and code == INTERRUPTED != codes[0]:
         print(f'interrupted ({signal.Signals(asked).name}); go on with resume=true', file=sys.stderr, flush=True)
-    for i in [] if asked else [i for i, c in enumerate(codes) if c == -signal.SIGKILL]:
-        who, way_on = f'process {i + 1} of {len(codes)}', 'What is done stays; go on with resume=true'
-        print(f'failed: {who} was killed (SIGKILL); out of memory? {way_on}', file=sys.stderr, flush=True)
+    if not asked: _report_killed(codes)
     return code
 
 # %% ../../nbs/00_core/07_processes.ipynb #48d71a85
+def _is_lost(e): # does an error of torch.distributed mean that another process is gone?
+    words = str(e)
+    return (isinstance(e, dist.DistError) or 'gloo' in words.lower()
+            or 'closed by peer' in words or 'reset by peer' in words)
+
 @contextlib.contextmanager
 def lost_processes():
     "Raise `EndedElsewhere` for the errors that torch.distributed raises when another process is gone."
     try: yield
     except RuntimeError as e:
-        if n_processes() > 1 and (isinstance(e, dist.DistError) or 'gloo' in str(e).lower() or 'closed by peer' in str(e) or 'reset by peer' in str(e)):
-            raise EndedElsewhere(f'another process has ended ({str(e).splitlines()[0]})') from e
-        raise
+        if n_processes() == 1 or not _is_lost(e): raise
+        raise EndedElsewhere(f'another process has ended ({str(e).splitlines()[0]})') from e
 
 # %% ../../nbs/00_core/07_processes.ipynb #643f4285
 def summed(x:np.ndarray|torch.Tensor, device='cpu'): # of the same type
     "Sum over all processes."
     if n_processes() == 1: return x
-    t = torch.as_tensor(x).to(device, copy=True); dist.all_reduce(t)
+    t = torch.as_tensor(x).to(device, copy=True)
+    dist.all_reduce(t)
     return t if isinstance(x, torch.Tensor) else t.cpu().numpy()
 
 def highest(*values:float, device='cpu') -> list[float]:
     "The highest of each value over all processes."
     if n_processes() == 1: return list(values)
-    t = torch.tensor(values, dtype=torch.float64, device=device); dist.all_reduce(t, dist.ReduceOp.MAX)
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
     return t.tolist()
 
 def collected(x) -> list: # one a process, in the first; empty in the others
     "An object of each process."
     if n_processes() == 1: return [x]
-    out = [None]*n_processes() if is_first() else None; dist.gather_object(x, out)
+    out = [None]*n_processes() if is_first() else None
+    dist.gather_object(x, out)
     return out or []
 
 # %% ../../nbs/00_core/07_processes.ipynb #4cb056e9
+def _shard(model, device_type):
+    "FSDP: this process holds its part of each block, of the position biases and of the rest."
+    blocks, bias = model.fsdp_units()
+    mesh = init_device_mesh(device_type, (n_processes(),))
+    for m in (*bias, *blocks, model): fully_shard(m, mesh=mesh)
+    for m in blocks: register_fsdp_forward_method(m, 'states_after')
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')       # nothing is changed in place
+    return model
+
 def share_model(model:nn.Module,
                 strategy:str,    # ddp or fsdp
                 accelerator
@@ -181,55 +226,63 @@ def share_model(model:nn.Module,
     if isinstance(model, FSDPModule): return model
     if n_processes() == 1: return model.to(accelerator.device)
     if strategy == 'ddp': return accelerator.prepare_model(model)
-    blocks, bias = model.fsdp_units()
-    mesh = init_device_mesh(accelerator.device.type, (n_processes(),))
-    for m in (*bias, *blocks, model): fully_shard(m, mesh=mesh)
-    for m in blocks: register_fsdp_forward_method(m, 'states_after')
-    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')                  # nothing is changed in place
-    return model
+    return _shard(model, accelerator.device.type)
 
+# %% ../../nbs/00_core/07_processes.ipynb #59c2fb03
 @contextlib.contextmanager
 def unsynced(model:nn.Module):
     "Passes in here add to this process's gradients alone; the first one outside exchanges them."
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        try: yield
-        finally: model.set_requires_gradient_sync(True)
-    else:
+    if not isinstance(model, FSDPModule):
         with getattr(model, 'no_sync', contextlib.nullcontext)(): yield
+        return
+    model.set_requires_gradient_sync(False)
+    try: yield
+    finally: model.set_requires_gradient_sync(True)
 
 # %% ../../nbs/00_core/07_processes.ipynb #407fa00b
+_whole = StateDictOptions(full_state_dict=True, cpu_offload=True)      # gathered in the first process
+
+def _from_rank0(**kwargs): # spread from the first process
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=n_processes() > 1, **kwargs)
+
 def _drop_gathered(model):
     for m in model.modules():
-        if isinstance(m, FSDPModule): m.reshard()      # subtle: behind an evaluation some are still whole, and would not be found
+        # subtle: after an evaluation some are still whole, and would not be found
+        if isinstance(m, FSDPModule): m.reshard()
 
-def plain_names(model:nn.Module, trained:bool) -> set[str]:
+def _plain_names(model, trained): # of weights
     return {n.removeprefix('module.') for n, p in model.named_parameters() if p.requires_grad or not trained}
 
+# %% ../../nbs/00_core/07_processes.ipynb #22336f15
 def weights_of(model:nn.Module,
                trained:bool=False  # only those that are trained
               ) -> dict[str, torch.Tensor]: # whole, on the CPU; empty but in the first process
     "The weights of a shared model. All processes must call it."
     _drop_gathered(model)
-    weights, names = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), plain_names(model, trained)
+    weights = get_model_state_dict(model, options=_whole)
+    names = _plain_names(model, trained)
     return {n: w for n, w in weights.items() if n in names}
 
 def put_weights(model:nn.Module, weights:dict[str, torch.Tensor]):
     "Give all processes the weights that the first one has. All processes must call it."
     _drop_gathered(model)
-    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=n_processes() > 1, strict=False))
+    set_model_state_dict(model, dict(weights), options=_from_rank0(strict=False))
 
 # %% ../../nbs/00_core/07_processes.ipynb #a3558cfe
-def moments_of(model, optimizer) -> dict[str, torch.Tensor]: # `<weight>|<moment>`, whole, on the CPU; empty but in the first process
+def moments_of(model, optimizer) -> dict[str, torch.Tensor]: # `<weight>|<moment>`, whole; empty but in the first process
     "What an optimizer remembers of each weight. All processes must call it."
-    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
-    return {f'{n}|{k}': v for n, moments in state.items() for k, v in moments.items()}
+    state = get_optimizer_state_dict(model, optimizer, options=_whole).get('state', {})
+    return {f'{weight}|{name}': v for weight, moments in state.items() for name, v in moments.items()}
 
+# %% ../../nbs/00_core/07_processes.ipynb #e784c025
 def put_moments(model, optimizer, moments:dict[str, torch.Tensor]):
     "Give an optimizer in all processes what the first one has. All processes must call it."
-    state, group = {}, {k: v for k, v in optimizer.param_groups[0].items() if k != 'params'}
-    for name, v in moments.items(): n, k = name.split('|'); state.setdefault(n, {})[k] = v
+    state = defaultdict(dict)
+    for name, v in moments.items():
+        weight, moment = name.split('|')
+        state[weight][moment] = v
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != 'params'}
     names = [n.removeprefix('module.') for n, p in model.named_parameters() if p.requires_grad]
-    set_optimizer_state_dict(model, optimizer, dict(state=state, param_groups=[group | dict(params=names)]) if is_first() else {},
-                             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=n_processes() > 1))
+    whole = dict(state=dict(state), param_groups=[group | dict(params=names)])
+    set_optimizer_state_dict(model, optimizer, whole if is_first() else {}, options=_from_rank0())
     optimizer.param_groups[0].update(group)      # subtle: a tuple may come back as a list

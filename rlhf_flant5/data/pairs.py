@@ -8,15 +8,15 @@ __all__ = ['turns', 'first_human_turn', 'check_row', 'try_rows', 'read_rows', 'd
            'prepare_splits', 'counts_line', 'fingerprint', 'n_shared']
 
 # %% ../../nbs/10_data/11_pairs.ipynb #519b434e
-import gzip, hashlib, json, os, re, zlib
+import hashlib, json, os, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
 from datasets import concatenate_datasets, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging as transformers_logging
-from ..core.files import _lines, _row, ConfigError
-from ..core.hub import _local, read_tokenizer, resolve_folder, TOKENIZER_FILES
+from ..core.files import ConfigError, try_jsonl
+from ..core.hub import local_folder, read_tokenizer, resolve_folder, TOKENIZER_FILES
 
 # %% ../../nbs/10_data/11_pairs.ipynb #fdc1f0c7
 _turn = re.compile(r'\n\n(Human|Assistant):')
@@ -47,18 +47,12 @@ def check_row(row, where:str):
 
 # %% ../../nbs/10_data/11_pairs.ipynb #b586d286
 def try_rows(path:Path, check=check_row):   # check(row, where) raises `ConfigError` for a row that is none
-    "Yield (line number, row) from a `.jsonl` or `.jsonl.gz` file, or (line number, `ConfigError`) for what is no pair; goes on behind a bad row."
-    n = 0
-    try:
-        for n, line in _lines(path):
-            try: row = _row(line, f'{path}:{n}', check)
-            except ConfigError as e: row = e
-            yield n, row
-    except ConfigError as e: yield n + 1, e             # subtle: of _lines, which ends there
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: yield n + 1, ConfigError(f'{path}:{n + 1}: the gzip file is cut off or damaged here, or none at all ({e}); fetch it again, or name it .jsonl if it is plain text')
-    except OSError as e: yield n + 1, ConfigError(f'{path}: cannot be read ({e.strerror})')
-    else:
-        if not n: yield 1, ConfigError(f'{path}: no row; fetch it again, or take its folder out of data.subdirs')
+    "Yield (line number, row) from a `.jsonl` or `.jsonl.gz` file, or (line number, `ConfigError`) for what is no pair; goes on after a bad row."
+    for n, row in try_jsonl(path):
+        try:
+            if not isinstance(row, ConfigError): check(row, f'{path}:{n}')
+        except ConfigError as e: row = e
+        yield n, row
 
 # %% ../../nbs/10_data/11_pairs.ipynb #a8600a5e
 def read_rows(path:Path, check=check_row):
@@ -114,7 +108,7 @@ def pairs_folder(name:str,          # `data.name`
                  subdirs:list[str]  # subsets
                 ) -> Path:
     "The folder that holds the pairs. Raises `ConfigError` in one line."
-    if folder := _local(name): return folder
+    if folder := local_folder(name): return folder
     needed = [f'{s}/{split}.jsonl*' for s in subdirs for split in ('train', 'test')]
     return resolve_folder(name, 'data.name', needed, needed, 'dataset')
 
@@ -148,7 +142,7 @@ def draw(pairs:Dataset,
 def load_tokenizer(name:str # a local folder or a model id of the hub
                   ):
     "The tokenizer of a T5 checkpoint. Raises `ConfigError` if there is none or it adds no end token."
-    if (folder := _local(name)) and any((folder/p).is_dir() for p in ('tokenizer', 'simulation/best_model')):
+    if (folder := local_folder(name)) and any((folder/p).is_dir() for p in ('tokenizer', 'simulation/best_model')):
         raise ConfigError(f'model.transformer_name={name}: this is a saved reward model, not a plain T5; name a T5, such as '
                           f'the one that `python -m rlhf_flant5.publish export {name} NEW` writes')
     transformers_logging.set_verbosity_error()   # lengths are checked here: its warning of texts beyond 512 tokens says nothing new

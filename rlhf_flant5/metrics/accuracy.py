@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
-from ..core.files import ConfigError, first_line, read_bytes
+from ..core.files import ConfigError, parse_line, read_bytes
+from ..core.trust import PairRow, trusted
 
 # %% ../../nbs/40_metrics/41_accuracy.ipynb #81a23041
 def wilson(k:float, # right ones; a tie is half
@@ -170,13 +171,10 @@ def write_pair_table(table:pd.DataFrame, # of `pair_table`
 def read_pair_table(path:Path # `results/test_pairs.jsonl` of a run, or another that `write_pair_table` wrote
                    ) -> pd.DataFrame: # as `pair_table` gives
     "The table in a file. Raises `ConfigError` in one line, with file and line, for anything else."
-    path, rows, way_out = Path(path), [], 'the file is damaged or no table of pairs; score the pairs again'
+    path, rows = Path(path), []
     for n, line in enumerate(read_bytes(path, MAX_TABLE).removesuffix(b'\n').split(b'\n'), 1):
-        try: row = json.loads(line.decode())
-        except (ValueError, RecursionError) as e: raise ConfigError(f'{path}:{n}: no JSON ({first_line(e)}); {way_out}') from None
-        bad = [k for k, kind in _KINDS.items() if type(row) is not dict or type(v := row.get(k)) is not kind or kind is int and abs(v) >= 2**31]
-        if bad: raise ConfigError(f'{path}:{n}: {", ".join(bad)} missing or of another type; {way_out}')
-        rows.append({k: row[k] for k in _KINDS})
+        row = trusted(PairRow, parse_line(line, f'{path}:{n}'), f'{path}:{n}')
+        rows.append(row.model_dump())
     table = pd.DataFrame(rows).astype({k: object if kind is str else kind for k, kind in _KINDS.items()})
-    if fault := _fault(table): raise ConfigError(f'{path}:{fault[0] + 1}: {fault[1]}; {way_out}')
+    if fault := _fault(table): raise ConfigError(f'{path}:{fault[0] + 1}: {fault[1]}; {PairRow.remedy}')
     return table

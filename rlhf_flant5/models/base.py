@@ -21,6 +21,8 @@ from ..core.docs import show_parameters
 from ..core.files import ConfigError, new_folder, read_json
 from ..core.hub import load_weights, read_tokenizer, resolve_folder, t5_config, weight_files
 from ..core.machine import best_device
+from ..core.schemas import Lora, ReadoutSettings, SavedModel
+from ..core.trust import trusted
 
 # %% ../../nbs/30_models/32_base.ipynb #c355e46f
 class RewardModel(nn.Module):
@@ -80,7 +82,7 @@ def save_pretrained(self:RewardModel,
     if tokenizer is None:
         raise ConfigError(f'{folder}: the model has no tokenizer to save; '
                           'give one, as save_pretrained(folder, tokenizer)')
-    known = {k: v for k, v in getattr(self, 'config', {}).items() if k not in ('format', *_SAVED)}
+    known = {k: v for k, v in getattr(self, 'config', {}).items() if k not in ('format', *SavedModel.model_fields)}
     config = dict(format='rlhf_flant5 reward model 1', readout=readout_name(type(self)), settings=self.settings,
                   has_decoder=self.backbone.has_decoder, train_transformer=self.backbone.trained, lora=self.backbone.lora,
                   transformer=self.backbone.transformer.config.to_dict()) | known | facts
@@ -131,9 +133,6 @@ def from_pretrained(cls:RewardModel,
     return model.to(device).eval()
 
 # %% ../../nbs/30_models/32_base.ipynb #0858f450
-_SAVED = dict(readout=str, settings=dict, has_decoder=bool, train_transformer=bool, lora=dict, transformer=dict)
-def _width(v): return type(v) is int and 0 < v <= 2**20
-
 def check_saved(config:dict, # what a saved model's `config.json` says
                 where:str    # begins a message
                ) -> type[RewardModel]: # its readout
@@ -142,21 +141,17 @@ def check_saved(config:dict, # what a saved model's `config.json` says
         raise ConfigError(f'{where}: this is a plain T5, not a reward model; '
                           f'train one with python -m rlhf_flant5.train model.transformer_name={where}')
     if config.get('format') != 'rlhf_flant5 reward model 1':
-        raise ConfigError(f"{where}: no saved reward model (config.json has format {reprlib.repr(config.get('format'))}); take the folder of a run, or its best_model")
-    for key, kind in _SAVED.items():
-        if type(config.get(key)) is not kind:
-            raise ConfigError(f'{where}: {key} in config.json is {type(config.get(key)).__name__}, must be '
-                              f'{kind.__name__}; the file is damaged')
-    cls, lora = readout_class(config['readout']), config['lora']
-    for key, v in config['settings'].items():
-        fits = type(v) is list and len(v) <= 100 and all(map(_width, v)) if key == 'readout_additional_layers' else _width(v) or (v is None and key == 'n_blocks_to_use')
-        if key not in [*inspect.signature(cls).parameters][1:] or not fits:
-            raise ConfigError(f"{where}: setting {reprlib.repr(key)} of {config['readout']} is {reprlib.repr(v)}; it has no such setting, or the value is out of bounds")
-    modules = lora.get('target_modules', [])
-    if {*lora} - {'r', 'alpha', 'target_modules'} or not (lora.get('r') == 0 or _width(lora.get('r')) and _width(lora.get('alpha'))) or type(modules) is not list or not all(type(m) is str for m in modules):
-        raise ConfigError(f'{where}: lora {reprlib.repr(lora)}: must hold r, alpha and a list of target_modules')
-    if cls.reads_decoder and not config['has_decoder']:
-        raise ConfigError(f"{where}: {config['readout']} reads the decoder, has_decoder is false; the file is damaged")
+        raise ConfigError(f"{where}: no saved reward model (config.json has format {reprlib.repr(config.get('format'))}); "
+                          'take the folder of a run, or its best_model')
+    saved = trusted(SavedModel, config, where)
+    cls = readout_class(saved.readout)
+    trusted(ReadoutSettings, saved.settings, where)
+    own = [*inspect.signature(cls).parameters][1:]      # without the backbone
+    for key in saved.settings:
+        if key not in own: raise ConfigError(f'{where}: setting {key}: {saved.readout} has no such setting')
+    trusted(Lora, saved.lora, where)
+    if cls.reads_decoder and not saved.has_decoder:
+        raise ConfigError(f'{where}: {saved.readout} reads the decoder, has_decoder is false; the file is damaged')
     return cls
 
 # %% ../../nbs/30_models/32_base.ipynb #ea29a9ef

@@ -6,12 +6,14 @@
 __all__ = ['RunFacts', 'read_facts', 'as_code', 'accuracy_table', 'model_card']
 
 # %% ../../nbs/60_use/67_card.ipynb #2fb790c6
-import json, math, os, re, shlex
+import json, os, re, shlex
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.docs import show_parameters
 from ..core.figures import markdown_table
 from ..core.files import ConfigError, first_line, read_bytes, read_json
+from ..core.schemas import QuotedCounts, QuotedModel, QuotedOrigin, QuotedSummary
+from ..core.trust import trusted
 from ..data.baselines import BASELINES
 from ..data.pairs import check_row, conversation_keys, read_rows
 from ..metrics.accuracy import pair_scores, read_pair_table
@@ -34,22 +36,14 @@ class RunFacts:
     texts: dict         # id -> (chosen, rejected) of the test pairs
 
 # %% ../../nbs/60_use/67_card.ipynb #6255a9e2
-def _number(v): return type(v) in (int, float) and math.isfinite(v)
-def _count(v): return type(v) is int and v >= 0
-def _word(v): return type(v) is str and v.isprintable()
-def _flag(v): return type(v) is bool
-def _or_none(fits): return lambda v: v is None or fits(v)
-def _all(fits): return lambda v: type(v) is dict and all(_word(k) and fits(x) for k, x in v.items())
-def _with(**kinds): return lambda v: type(v) is dict and all(fits(v.get(k)) for k, fits in kinds.items())
+def _read(path, schema): # one of the run's files, of which the schema has all that is shown
+    found = read_json(path)
+    trusted(schema, found, path)
+    return found
 
-_MODEL, _SUMMARY, _COUNTS, _ORIGIN = 'simulation/best_model/config.json', 'results/summary.json', 'data/counts.json', 'data/provenance.json'
-_SAYS = {_MODEL: dict(temperature=lambda v: _number(v) and v > 0, max_tokens=_count, trained_on=_with(name=_word)), _COUNTS: {}, _ORIGIN: dict(device=_or_none(_word), source=_with(version=_word, commit=_or_none(_word), dirty=_or_none(_flag))),
-         _SUMMARY: dict.fromkeys(('readout', 'transformer_name', 'precision'), _word) | dict.fromkeys(('seed', 'n_trained_parameters', 'n_parameters', 'n_batches', 'best_batch'), _count) | dict(
-             train_transformer=_flag, validation=_with(loss=_number, accuracy=_number, n=_count), test=_with(accuracy=_number), best_reachable_accuracy=_or_none(_number))}
-
-def _read(run, name): # one of the run's files, with all that is shown of it
-    found = read_json(run/name); bad = [k for k, fits in _SAYS[name].items() if not fits(found.get(k))]
-    if bad: raise ConfigError(f'{run/name}: {", ".join(bad)} missing or not what a run writes; the run was made by an older version or is damaged, train it anew')
+def _read_counts(path):
+    found = read_json(path)
+    trusted(QuotedCounts, dict(counts=found), path)
     return found
 
 # %% ../../nbs/60_use/67_card.ipynb #7cf641f0
@@ -64,8 +58,11 @@ def read_facts(run:Path # its folder, or its model's: `simulation/best_model`
     if run.name == 'best_model' and (run.parent.parent/'results').is_dir(): run = run.parent.parent
     folder, pairs = run/'simulation'/'best_model', run/'data'/'test_texts.jsonl.gz'
     if not folder.is_dir(): raise ConfigError(f'{run}: no finished run (it has no simulation/best_model); name the folder of a run, desc-…,index-…')
-    config, summary, counts, origin = (_read(run, name) for name in (_MODEL, _SUMMARY, _COUNTS, _ORIGIN)); check_saved(config, str(folder))
-    if not _all(_all(_count))(counts): raise ConfigError(f'{run/_COUNTS}: must hold a whole number of pairs for each thing that was counted; the file is damaged, train the run anew')
+    config = _read(folder/'config.json', QuotedModel)
+    check_saved(config, str(folder))
+    summary = _read(run/'results'/'summary.json', QuotedSummary)
+    origin = _read(run/'data'/'provenance.json', QuotedOrigin)
+    counts = _read_counts(run/'data'/'counts.json')
     table, texts = read_pair_table(run/'results'/'test_pairs.jsonl'), {row['id']: (row['chosen'], row['rejected']) for _, row in read_rows(pairs, _named_row)}
     if texts.keys() != {*table.id}: raise ConfigError(f'{pairs}: not the texts of the pairs in results/test_pairs.jsonl; train the run anew')
     return RunFacts(folder, config, summary, counts, read_bytes(run/'data'/'command.txt', 2**20).decode(errors='replace').strip(), origin['source'], origin.get('device') or '', table, texts)

@@ -12,7 +12,7 @@ import h11
 from fastapi.responses import JSONResponse
 from fastcore.basics import patch
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from ..core.files import _once
+from ..core.files import unique_keys
 from .limits import Limits, Refused
 from .stream import _refuse
 
@@ -26,7 +26,7 @@ def _told(status, said): # an error, in one line; a body that was not read to it
     return JSONResponse(dict(error=' '.join(str(said).split())[:1000]), status, headers.get(status))
 
 def _check_json(body): # with each key once, as `score` wants it too: else two readers may read two things
-    try: json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_refuse)
+    try: json.loads(body.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse)
     except UnicodeDecodeError as e: raise Refused(422, f'the body is not UTF-8 ({e.reason}, byte {e.start})') from None
     except ValueError as e: raise Refused(422, f'the body is not JSON ({e})') from None
     except RecursionError: raise Refused(422, 'the body is nested too deeply') from None

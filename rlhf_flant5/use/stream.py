@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from ..core.files import _once, ConfigError, first_line, MAX_LINE
+from ..core.files import ConfigError, first_line, MAX_LINE, parse_line
 from ..data.dialogue import dialogue
 from ..data.layouts import NAMES
 from .scorer import NotFinite
@@ -33,10 +33,7 @@ def read_line(line:bytes|dict|ConfigError|None) -> dict:
     if isinstance(line, dict): return line
     if isinstance(line, ConfigError): raise line
     if line is None: raise ConfigError(f'{MAX_LINE >> 20} MiB or more; a line must be one row')
-    try: row = json.loads(line.decode(), object_pairs_hook=_once, parse_constant=_refuse)
-    except UnicodeDecodeError as e: raise ConfigError(f'not UTF-8 ({e.reason}, byte {e.start}); convert the file') from None
-    except ValueError as e: raise ConfigError(f'not JSON ({e}); each line must be one JSON object with each key once') from None
-    except RecursionError: raise ConfigError('nested too deeply; each line must be one flat JSON object') from None
+    row = parse_line(line, parse_constant=_refuse)
     if not isinstance(row, dict): raise ConfigError(f'must be a JSON object, this is {type(row).__name__}')
     return row
 
