@@ -90,7 +90,7 @@ def compare_attention(config, o) -> list[dict]:
         texts = Texts.of((torch.arange(length)[None] < lengths[:, None]).long().to(o.device))
         qkv = [torch.randn(int(lengths.sum()), config.num_heads, config.d_kv, device=o.device, requires_grad=True) for _ in range(3)]
         bias = torch.randn(config.num_heads, length, length, device=o.device, requires_grad=True)
-        for name in ('by_text', 'padded', 'fused') + ('flex',)*(o.device.type == 'cuda'):
+        for name in ('by_text', 'padded', 'fused'):
             run = lambda: ATTENTION[name](*qkv, bias, texts).sum().backward()
             run()
             rows.append(dict(attention=name, length=length, seconds=statistics.median(timed(o.device, run)[0] for _ in range(o.n))))

@@ -21,7 +21,11 @@ from ..core.hub import load_weights, resolve_folder, t5_config, WEIGHT_FILES, we
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #a7d114f7
 FLAN_T5_SIZES = {   # d_model, d_ff, blocks a stack, heads; each head is 64 wide
-    'small': (512, 1024, 8, 6), 'base': (768, 2048, 12, 12), 'large': (1024, 2816, 24, 16), 'xl': (2048, 5120, 24, 32), 'xxl': (4096, 10240, 24, 64)}
+    'small': (512, 1024, 8, 6),
+    'base':  (768, 2048, 12, 12),
+    'large': (1024, 2816, 24, 16),
+    'xl':    (2048, 5120, 24, 32),
+    'xxl':   (4096, 10240, 24, 64)}
 
 def flan_t5_config(size:str,    # small, base, large, xl or xxl
                    **changes    # of the `T5Config`
@@ -29,8 +33,9 @@ def flan_t5_config(size:str,    # small, base, large, xl or xxl
     "The architecture of google/flan-t5-<size>."
     if size not in FLAN_T5_SIZES: raise ConfigError(f'size={size!r}: must be one of {", ".join(FLAN_T5_SIZES)}')
     d_model, d_ff, n_blocks, n_heads = FLAN_T5_SIZES[size]
-    return T5Config(**{**dict(vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=n_blocks, num_heads=n_heads, feed_forward_proj='gated-gelu',
-                              decoder_start_token_id=0, dropout_rate=0.1), **changes})
+    published = dict(vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=n_blocks, num_heads=n_heads,
+                     feed_forward_proj='gated-gelu', decoder_start_token_id=0, dropout_rate=0.1)
+    return T5Config(**(published | changes))
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #76da5a16
 def build_flan_t5(size:str='small',  # small, base, large, xl or xxl
@@ -64,55 +69,79 @@ def unit_rms(h:torch.Tensor # states, (..., D)
 # %% ../../nbs/20_backbone/22_t5.ipynb #19802890
 @dataclass
 class States:
-    "States of both stacks after each block."
-    tokens: list[torch.Tensor]   # encoder, real tokens end to end, (T, D); for the last blocks that were asked for
+    "States after each block; the methods give them root mean square 1."
+    tokens: list[torch.Tensor]   # encoder, real tokens, (T, D), of the blocks asked for
     encoder: list[torch.Tensor]  # encoder, first position, (N, D)
-    decoder: list[torch.Tensor]  # decoder, its only position, (N, D); empty without a decoder
+    decoder: list[torch.Tensor]  # decoder, (N, D); empty without one
     texts: Texts
 
-    def last_blocks(self, n:int) -> list[torch.Tensor]: # (N, L, D), zero where there is no token
-        "The encoder's states after its last `n` blocks, root mean square 1."
-        if n > len(self.tokens): raise ValueError(f'states of all tokens of {n} blocks, the backbone kept {len(self.tokens)}; pass n_blocks={n} to it')
+    def last_blocks(self, n:int) -> list[torch.Tensor]: # (N, L, D), 0 in padding
+        "The encoder's states after its last `n` blocks."
+        if n > len(self.tokens):
+            raise ValueError(f'states of all tokens of {n} blocks, the backbone kept {len(self.tokens)}; '
+                             f'pass n_blocks={n} to it')
         return [self.texts.spread(unit_rms(h)) for h in self.tokens[-n:]]
 
     def first_positions(self, stack:str, n:int) -> torch.Tensor: # (N, n, D)
-        "The first position's states after the last `n` blocks of `encoder` or `decoder`, root mean square 1."
+        "The first position's states after the last `n` blocks of `stack`."
         return torch.stack([unit_rms(h) for h in getattr(self, stack)[-n:]], 1)
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #8eb699f9
 def project(layer, x): # (T, D) -> queries, keys and values, (T, H, d) each
     a, normed = layer.SelfAttention, layer.layer_norm(x)
-    return [f(normed).unflatten(1, (a.n_heads, -1)) for f in (a.q, a.k, a.v)]
+    by_head = (a.n_heads, -1)
+    return [f(normed).unflatten(1, by_head) for f in (a.q, a.k, a.v)]
 
+# %% ../../nbs/20_backbone/22_t5.ipynb #10e41488
 def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
     "T5's bias of each distance (Raffel et al. 2020), looked up once a distance."
-    distance = torch.arange(1 - length, length, device=attention.relative_attention_bias.weight.device)
-    bucket = attention._relative_position_bucket(distance, True, attention.relative_attention_num_buckets, attention.relative_attention_max_distance)
-    by_distance = attention.relative_attention_bias(bucket).T                        # (H, 2L - 1)
-    return by_distance.unfold(1, length, 1).flip(1)                                  # row i begins at distance -i
+    table, n_buckets = attention.relative_attention_bias, attention.relative_attention_num_buckets
+    distance = torch.arange(1 - length, length, device=table.weight.device)
+    bucket = attention._relative_position_bucket(distance, bidirectional=True, num_buckets=n_buckets,
+                                                 max_distance=attention.relative_attention_max_distance)
+    by_distance = table(bucket).T                         # (H, 2L - 1)
+    return by_distance.unfold(1, length, 1).flip(1)       # row i begins at distance -i
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #b3433149
 class EncoderBlock(T5Block):
     "A block that also passes over packed texts; over the first positions alone where no other is read."
-    def states_after(self, x, bias, texts, attend, project, first_only): # tokens (T, D), bias (H, L, L) -> tokens (T, D) or first positions (N, D)
+    def states_after(self,
+                     x,           # tokens, (T, D)
+                     bias,        # (H, L, L)
+                     texts, attend, project,
+                     first_only): # -> tokens (T, D) or first positions (N, D)
         layer, a = self.layer[0], self.layer[0].SelfAttention
-        if first_only: normed = layer.layer_norm(x); x, new = x[texts.starts], attend_once(a, normed[texts.starts], texts.spread(normed), texts.mask, bias[:, :1])
-        else: new = a.o(attend(*project(layer, x), bias, texts, a.dropout * a.training).flatten(1))
+        if first_only:
+            normed = layer.layer_norm(x)
+            x, query = x[texts.starts], normed[texts.starts]
+            new = attend_once(a, query, texts.spread(normed), texts.mask, bias[:, :1])
+        else:
+            heads = attend(*project(layer, x), bias, texts, a.dropout * a.training)
+            new = a.o(heads.flatten(1))
         return self.layer[1](x + layer.dropout(new))
 
+# %% ../../nbs/20_backbone/22_t5.ipynb #fea6fdd6
 class DecoderBlock(T5Block):
-    "A block that also passes over one position: its self-attention is its value, and its cross-attention asks one question."
-    def states_after(self, x, states, mask): # (N, D), encoder's last states, padded, (N, L, D) -> (N, D)
+    "A block that also passes over one position."
+    def states_after(self,
+                     x,       # (N, D)
+                     states,  # the encoder's last, padded, (N, L, D)
+                     mask):   # -> (N, D)
         own, cross, feed_forward = self.layer
-        a = own.SelfAttention; v = a.v(own.layer_norm(x)).unflatten(1, (a.n_heads, -1))
-        v = v * cheap_dropout(torch.ones_like(v[..., :1]), a.dropout * a.training)   # the one weight of each head
+        a = own.SelfAttention
+        v = a.v(own.layer_norm(x)).unflatten(1, (a.n_heads, -1))
+        weight = torch.ones_like(v[..., :1])               # the one weight of each head
+        v = v * cheap_dropout(weight, a.dropout * a.training)
         x = x + own.dropout(a.o(v.flatten(1)))
-        return feed_forward(x + cross.dropout(attend_once(cross.EncDecAttention, cross.layer_norm(x), states, mask)))
+        new = attend_once(cross.EncDecAttention, cross.layer_norm(x), states, mask)
+        return feed_forward(x + cross.dropout(new))
 
+# %% ../../nbs/20_backbone/22_t5.ipynb #b3af3294
 def own_blocks(transformer):
     "Teach a T5's blocks the method."
     for block in transformer.encoder.block: block.__class__ = EncoderBlock
-    for block in transformer.decoder.block if isinstance(transformer, T5Model) else (): block.__class__ = DecoderBlock
+    if isinstance(transformer, T5Model):
+        for block in transformer.decoder.block: block.__class__ = DecoderBlock
     return transformer
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #4bcfff3c
@@ -123,10 +152,12 @@ class Backbone(nn.Module):
                  train_transformer:bool=True,        # or frozen
                  gradient_checkpointing:bool=False,  # recompute activations backwards: less memory, more time
                  lora:dict|None=None,                # adapters: r (0: none), alpha, target_modules
-                 attention:str='auto'):              # by_text, padded, fused or flex
+                 attention:str='auto'):              # by_text, padded or fused
         super().__init__()
-        self.transformer, self.trained, self.lora = own_blocks(fuse(transformer)), train_transformer, dict(lora or dict(r=0))
-        self.gradient_checkpointing, self.attention, self.project = gradient_checkpointing, attention, project
+        self.transformer = own_blocks(fuse(transformer))
+        self.trained, self.lora = train_transformer, dict(lora or dict(r=0))
+        self.gradient_checkpointing, self.attention = gradient_checkpointing, attention
+        self.project = project
         self.has_decoder = isinstance(transformer, T5Model)
         if not train_transformer: transformer.requires_grad_(False)
         elif self.lora['r']: add_lora(transformer, **self.lora)
@@ -135,6 +166,7 @@ class Backbone(nn.Module):
 
     @property
     def d_model(self): return self.transformer.config.d_model
+
     def train(self, mode:bool=True):
         super().train(mode)
         if not self.trained: self.transformer.eval()
@@ -143,11 +175,13 @@ class Backbone(nn.Module):
 # %% ../../nbs/20_backbone/22_t5.ipynb #35a73369
 @patch
 def _encode(self:Backbone, ids, texts, n_blocks): # -> (tokens of the last blocks, first positions of all)
-    stack, firsts, kept = self.transformer.encoder, [], []
+    stack, starts, attend = self.transformer.encoder, texts.starts, choose_attention(self.attention, texts)
+    call = lambda f, *args: f(*args)
+    if self.gradient_checkpointing and torch.is_grad_enabled(): call = partial(checkpoint, use_reentrant=False)
     x = stack.dropout(stack.embed_tokens(ids))
-    last, starts, attend = len(stack.block) - 1, texts.starts, choose_attention(self.attention, texts)
-    call = partial(checkpoint, use_reentrant=False) if self.gradient_checkpointing and torch.is_grad_enabled() else lambda f, *args: f(*args)
     bias = position_bias(stack.block[0].layer[0].SelfAttention, texts.mask.shape[1])
+    last = len(stack.block) - 1
+    kept, firsts = [], []
     for i, block in enumerate(stack.block):
         first_only = i == last and not n_blocks
         x = call(block.states_after, x, bias, texts, attend, self.project, first_only)
@@ -158,16 +192,20 @@ def _encode(self:Backbone, ids, texts, n_blocks): # -> (tokens of the last block
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #4989a1a9
 @patch
-def _decode(self:Backbone, states, mask): # encoder's last states, padded, (N, L, D) -> (N, D) after each block
-    stack, config, out = self.transformer.decoder, self.transformer.config, []
-    start = torch.full((len(mask),), config.decoder_start_token_id, device=mask.device)
-    x = stack.dropout(stack.embed_tokens(start))
-    for block in stack.block: x = block.states_after(x, states, mask); out.append(x)
+def _decode(self:Backbone, states, mask): # encoder's last states, (N, L, D) -> (N, D) after each block
+    stack, start = self.transformer.decoder, self.transformer.config.decoder_start_token_id
+    ids = torch.full((len(mask),), start, device=mask.device)
+    x = stack.dropout(stack.embed_tokens(ids))
+    out = []
+    for block in stack.block:
+        x = block.states_after(x, states, mask)
+        out.append(x)
     out[-1] = stack.dropout(stack.final_layer_norm(x))
     return out
 
+# %% ../../nbs/20_backbone/22_t5.ipynb #c1c43176
 @patch
-def forward(self:Backbone, 
+def forward(self:Backbone,
             input_ids:torch.Tensor,       # padded on the right, (N, L)
             attention_mask:torch.Tensor,  # 1 for real tokens, (N, L)
             n_blocks:int=0                # keep the states of all tokens after the last so many encoder blocks
@@ -175,52 +213,76 @@ def forward(self:Backbone,
     "States after each block. Raises `ValueError` for a batch that can't be read."
     check_batch(input_ids, attention_mask)
     texts = Texts.of(attention_mask)
+    decoder = []
     with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
         tokens, first = self._encode(texts.pack(input_ids), texts, max(n_blocks, self.has_decoder))
-        decoder = self._decode(texts.spread(tokens[-1]), attention_mask) if self.has_decoder else []
+        if self.has_decoder: decoder = self._decode(texts.spread(tokens[-1]), attention_mask)
     return States(tokens[-n_blocks:] if n_blocks else [], first, decoder, texts)
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #e8a2fd68
 @patch
 def compile_blocks(self:Backbone):
     "Compile feed-forward layers and projections; the first batches then take longer."
-    t = self.transformer
-    for block in [*t.encoder.block, *(t.decoder.block if self.has_decoder else [])]: block.layer[-1].compile(dynamic=True)
+    stacks = [self.transformer.encoder]
+    if self.has_decoder: stacks.append(self.transformer.decoder)
+    for stack in stacks:
+        for block in stack.block: block.layer[-1].compile(dynamic=True)
     self.project = torch.compile(project, dynamic=True)
+
+# %% ../../nbs/20_backbone/22_t5.ipynb #4e99fc6a
+@patch
+def fsdp_units(self:Backbone) -> tuple[list, list]: # blocks, position biases
+    "What FSDP shards one by one."
+    blocks = [m for m in self.modules() if isinstance(m, (EncoderBlock, DecoderBlock))]
+    bias = [m for name, m in self.named_modules() if name.endswith('relative_attention_bias')]
+    return blocks, bias
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #c8b70ccc
 def check_batch(input_ids, attention_mask):
     "Raise `ValueError` for a batch that can't be read."
-    if input_ids.ndim != 2 or not input_ids.numel(): raise ValueError(f'input_ids of shape {tuple(input_ids.shape)}: must be (texts, tokens), at least one of each')
-    if attention_mask.shape != input_ids.shape: raise ValueError(f'attention_mask of shape {tuple(attention_mask.shape)}, input_ids of shape {tuple(input_ids.shape)}: must be the same; mask each position')
-    if not attention_mask.any(1).all(): raise ValueError(f'text {(~attention_mask.any(1)).nonzero()[0].item()} of the batch has no real token; the mask must keep one at least in each text')
-    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any(): raise ValueError('attention_mask has a real token behind padding: a text must begin at the first position and have no gap; pad on the right')
+    shape, mask_shape = tuple(input_ids.shape), tuple(attention_mask.shape)
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f'input_ids of shape {shape}: must be (texts, tokens), at least one of each')
+    if mask_shape != shape:
+        raise ValueError(f'attention_mask of shape {mask_shape}, input_ids of shape {shape}: '
+                         'must be the same; mask each position')
+    empty = ~attention_mask.any(1)
+    if empty.any():
+        raise ValueError(f'text {empty.nonzero()[0].item()} of the batch has no real token; '
+                         'the mask must keep one at least in each text')
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError('attention_mask has a real token behind padding: '
+                         'a text must begin at the first position and have no gap; pad on the right')
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #d3c0e856
 def freeze_idle(transformer:T5Model):
     "Freeze what a single decoder position makes idle: query, key and position bias of the decoder's self-attention."
     for block in transformer.decoder.block:
         attention = block.layer[0].SelfAttention
-        attention.q.requires_grad_(False); attention.k.requires_grad_(False)
+        attention.q.requires_grad_(False)
+        attention.k.requires_grad_(False)
         if attention.has_relative_attention_bias: attention.relative_attention_bias.requires_grad_(False)
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #cc329945
+def _check_targets(transformer, target_modules):
+    "Raise `ConfigError` for a name that ends none of the linear layers' names."
+    linear = [name for name, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    there = sorted({name.rpartition('.')[2] for name in linear})
+    for target in target_modules:
+        if any(f'.{name}'.endswith(f'.{target}') for name in linear): continue
+        raise ConfigError(f'model.lora.target_modules={list(target_modules)}: '
+                          f'this T5 has no linear layer {target!r}; it has {", ".join(there)}')
+
+# %% ../../nbs/20_backbone/22_t5.ipynb #4b99c52d
 def add_lora(transformer, r:int, alpha:int=16, target_modules=('q', 'v')):
     "Freeze the transformer and add low-rank adapters to its linear layers (Hu et al. 2021, arXiv:2106.09685)."
     try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError: raise ConfigError(f"model.lora.r={r}: adapters need peft; pip install 'rlhf_flant5[lora]'") from None
-    linear = [name for name, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    there = sorted({name.rpartition('.')[2] for name in linear})
-    if gone := [t for t in target_modules if not any(f'.{name}'.endswith(f'.{t}') for name in linear)]:
-        raise ConfigError(f'model.lora.target_modules={list(target_modules)}: this T5 has no linear layer {gone[0]!r}; it has {", ".join(there)}')
+    except ImportError:
+        raise ConfigError(f"model.lora.r={r}: adapters need peft; pip install 'rlhf_flant5[lora]'") from None
+    targets = list(target_modules)
+    _check_targets(transformer, targets)
     transformer.requires_grad_(False)
-    try: inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=list(target_modules)), transformer)
-    except ValueError as e: raise ConfigError(f'model.lora.target_modules={list(target_modules)}: {str(e).splitlines()[0]}') from None
-
-# %% ../../nbs/20_backbone/22_t5.ipynb #d3b82e02
-@patch
-def fsdp_units(self:Backbone) -> tuple[list, list]: # blocks, and position biases, which are read outside of the block that owns them
-    "What FSDP shards one by one."
-    blocks = [m for m in self.modules() if isinstance(m, (EncoderBlock, DecoderBlock))]
-    bias = [m for name, m in self.named_modules() if name.endswith('relative_attention_bias')]
-    return blocks, bias
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets)
+    try: inject_adapter_in_model(config, transformer)
+    except ValueError as e:
+        raise ConfigError(f'model.lora.target_modules={targets}: {str(e).splitlines()[0]}') from None

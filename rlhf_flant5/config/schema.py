@@ -52,7 +52,7 @@ class ModelConfig:
     kept_dtype: str
     dropout: Optional[float]           # dropout rate in the transformer; null: the checkpoint's own
     gradient_checkpointing: bool       # recompute activations in the backward pass: less memory, more time
-    attention: str                     # by_text, padded, fused, flex, or auto: the fastest for device and lengths
+    attention: str                     # by_text, padded, fused, or auto: the fastest for device and lengths
     lora: LoraConfig                   # adapters instead of full training of the transformer
     # begin with all weights of this run or saved reward model, of the same readout; null: a new readout
     start_from: Optional[str]
@@ -235,7 +235,7 @@ RULES |= {
     r'model\.lora\.r': (_is_rank, 'from 0 to 65,536'),
     r'model\.lora\.target_modules': (_are_names, 'a list of names, one at least'),
     r'model\.kept_dtype': _one_of('float16', 'float32'),
-    r'model\.attention': _one_of('auto', 'by_text', 'padded', 'fused', 'flex')}
+    r'model\.attention': _one_of('auto', 'by_text', 'padded', 'fused')}
 
 # %% ../../nbs/05_config/06_schema.ipynb #cb21b56b
 _counts = 'train_batch_size|val_batch_size|n_val_data|n_epochs|max_non_optim_vals|n_checkpoints'

@@ -14,42 +14,63 @@ from ..config.names import choices
 from .base import readout_class, RewardModel
 
 # %% ../../nbs/30_models/34_anatomy.ipynb #b339a022
-def first_position_attention(model:RewardModel, 
+def first_position_attention(model:RewardModel,
                              ids:torch.Tensor # one text, (L,)
                             ) -> torch.Tensor: # (blocks, L), each row sums to 1
-    "What the position that is read attends to in each block, mean over heads: the decoder's cross-attention, or without a decoder the encoder's self-attention."
-    t = model.backbone.eval().transformer; before = t.config._attn_implementation
-    t.set_attn_implementation('eager')                   # the fast ones don't return their weights
-    start = dict(decoder_input_ids=ids.new_full((1, 1), t.config.decoder_start_token_id)) if model.backbone.has_decoder else {}
-    with torch.no_grad(): out = t(input_ids=ids[None], output_attentions=True, **start)
-    t.set_attn_implementation(before)
-    return torch.stack([a[0].mean(0)[0] for a in (out.cross_attentions if model.backbone.has_decoder else out.attentions)])
+    """What the position that is read attends to in each block, mean over heads: the decoder's cross-attention,
+    or without a decoder the encoder's self-attention."""
+    t5, has_decoder = model.backbone.eval().transformer, model.backbone.has_decoder
+    given = dict(input_ids=ids[None])
+    if has_decoder: given['decoder_input_ids'] = ids.new_full((1, 1), t5.config.decoder_start_token_id)
+    before = t5.config._attn_implementation
+    t5.set_attn_implementation('eager')                   # the fast ones return no weights
+    with torch.no_grad(): out = t5(**given, output_attentions=True)
+    t5.set_attn_implementation(before)
+    attentions = out.cross_attentions if has_decoder else out.attentions     # (1, H, L, L) each
+    return torch.stack([a[0].mean(0)[0] for a in attentions])
 
+# %% ../../nbs/30_models/34_anatomy.ipynb #f163602e
 def plot_tokens(ax, tokens:list[str], weights:torch.Tensor, title:str='', rows:str='block'):
     "Weights of tokens as a map: a column a token, a row a block, (K, L)."
-    k = len(weights)
-    ax.imshow(weights.detach(), aspect='auto', cmap='Blues', vmin=0, vmax=max(weights.max().item(), 4/len(tokens))); ax.grid(False)   # uniform weights stay pale
-    ax.set_xticks(range(len(tokens)), [t.replace('▁', ' ').strip() for t in tokens], rotation=90, fontsize=6); ax.set_yticks(range(k), range(1, k + 1)); ax.set(title=title, ylabel=rows)
+    k, n = len(weights), len(tokens)
+    darkest = max(weights.max().item(), 4/n)              # uniform weights stay pale
+    ax.imshow(weights.detach(), aspect='auto', cmap='Blues', vmin=0, vmax=darkest)
+    ax.grid(False)
+    words = [t.replace('▁', ' ').strip() for t in tokens]
+    ax.set_xticks(range(n), words, rotation=90, fontsize=6)
+    ax.set_yticks(range(k), range(1, k + 1))
+    ax.set(title=title, ylabel=rows)
 
 # %% ../../nbs/30_models/34_anatomy.ipynb #3afb1c09
+def _cost(name, size, n_tokens):
+    "Parameters and forward operations of one readout."
+    cls = readout_class(name)
+    t5 = T5Model if cls.reads_decoder else T5EncoderModel
+    with torch.device('meta'): model = cls(Backbone(t5(flan_t5_config(size)))).eval()
+    n_backbone, n_readout = (sum(p.numel() for p in ps)
+                             for ps in (model.backbone.parameters(), model.readout_parameters()))
+    model = model.to_empty(device='cpu')      # memory without values: operations don't depend on them
+    ids = torch.full((1, n_tokens), 5)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as bare: states = model.states(ids, torch.ones_like(ids))
+        with FlopCounterMode(display=False) as own: model.readout(model.features(states))
+    return dict(readout=name, backbone=n_backbone, parameters=n_readout,
+                backbone_gflop=bare.get_total_flops()/1e9, mflop=own.get_total_flops()/1e6)
+
+# %% ../../nbs/30_models/34_anatomy.ipynb #c94b67c5
 def cost_table(size:str='small', # of FLAN-T5
                n_tokens:int=200, # in one text
                names=None        # readouts; None: all
               ) -> list[dict]: # a row a readout
     "Parameters and forward operations of each readout on FLAN-T5."
-    rows, n = [], lambda ps: sum(p.numel() for p in ps)
-    for name in names or choices('model'):
-        cls = readout_class(name)
-        with torch.device('meta'): model = cls(Backbone((T5Model if cls.reads_decoder else T5EncoderModel)(flan_t5_config(size)))).eval()
-        row, ids = dict(readout=name, backbone=n(model.backbone.parameters()), parameters=n(model.readout_parameters())), torch.full((1, n_tokens), 5)
-        model = model.to_empty(device='cpu')      # memory without values: operations don't depend on them
-        with torch.no_grad(), FlopCounterMode(display=False) as bare: states = model.states(ids, torch.ones_like(ids))
-        with torch.no_grad(), FlopCounterMode(display=False) as own: model.readout(model.features(states))
-        rows.append(row | dict(backbone_gflop=bare.get_total_flops()/1e9, mflop=own.get_total_flops()/1e6))
-    return rows
+    return [_cost(name, size, n_tokens) for name in names or choices('model')]
 
 def show_cost(mark:str # the readout to mark
              ):
-    "Print the cost of all readouts, one of them marked."
-    for r in sorted(cost_table(), key=lambda r: r['readout'] != mark):
-        print(f'{">" if r["readout"] == mark else " "} {r["readout"]:25}{r["parameters"]:>10,} parameters{r["mflop"]:>9.2f} MFLOP    on {r["backbone"]/1e6:.1f} M parameters, {r["backbone_gflop"]:.2f} GFLOP')
+    "Print the cost of all readouts, the marked one first."
+    for row in sorted(cost_table(), key=lambda row: row['readout'] != mark):
+        readout, n, mflop = row['readout'], row['parameters'], row['mflop']
+        backbone, gflop = row['backbone']/1e6, row['backbone_gflop']
+        sign = '>' if readout == mark else ' '
+        print(f'{sign} {readout:25}{n:>10,} parameters{mflop:>9.2f} MFLOP    '
+              f'on {backbone:.1f} M parameters, {gflop:.2f} GFLOP')

@@ -15,16 +15,21 @@ from .pooling import AttentionPooling, GeGLU, RewardHead
 class RewardFromAttentionPooledEncoder(RewardModel):
     "The first position's states in the last encoder blocks, pooled across blocks by attention."
     cacheable, stack = True, 'encoder'
+
     def __init__(self,
                  backbone:Backbone,
                  pooling_output_dim:int=256,       # width after pooling
                  n_blocks_to_use:int|None=4,       # read the last so many blocks (all, if fewer); None: all
                  readout_additional_layers=()):    # widths of the head's hidden layers
-        super().__init__(backbone, pooling_output_dim=pooling_output_dim, n_blocks_to_use=n_blocks_to_use, readout_additional_layers=list(readout_additional_layers))
+        super().__init__(backbone, pooling_output_dim=pooling_output_dim, n_blocks_to_use=n_blocks_to_use,
+                         readout_additional_layers=list(readout_additional_layers))
         self.n_blocks = self.count_blocks(self.stack, n_blocks_to_use)
         self.block_pool = AttentionPooling(backbone.d_model)
         self.width = GeGLU(backbone.d_model, pooling_output_dim)
         self.head = RewardHead(pooling_output_dim, readout_additional_layers)
 
-    def features(self, states:States) -> torch.Tensor: return states.first_positions(self.stack, self.n_blocks)   # (N, K, D)
-    def readout(self, features) -> torch.Tensor: return self.head(self.width(self.block_pool(features)))            # (N, K, D) -> (N, D) -> (N,)
+    def features(self, states:States) -> torch.Tensor: # (N, K, D)
+        return states.first_positions(self.stack, self.n_blocks)
+
+    def readout(self, features) -> torch.Tensor: # (N, K, D) -> (N, D) -> (N,)
+        return self.head(self.width(self.block_pool(features)))

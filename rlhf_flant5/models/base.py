@@ -28,28 +28,37 @@ from ..core.trust import trusted
 class RewardModel(nn.Module):
     "A backbone and a readout. A subclass sets its modules in `__init__` and defines `features` and `readout`."
     reads_decoder = False  # the backbone needs its decoder
-    cacheable = False      # `features` is one small tensor a text, (N, K, D), worth computing once when the backbone is frozen
+    cacheable = False      # `features` is one small tensor a text, (N, K, D): worth keeping for a frozen backbone
     n_token_blocks = 0     # `features` reads all tokens of so many last encoder blocks
 
     def __init__(self, backbone:Backbone, **settings): # settings: the readout's own arguments, saved with it
         super().__init__()
         self.backbone, self.settings = backbone, settings
-        if self.reads_decoder and not backbone.has_decoder: raise ValueError(f'{type(self).__name__} reads the decoder; the backbone was loaded without one')
+        if self.reads_decoder and not backbone.has_decoder:
+            raise ValueError(f'{type(self).__name__} reads the decoder; the backbone was loaded without one')
 
     def features(self, states:States): raise NotImplementedError  # what the readout reads
     def readout(self, features) -> torch.Tensor: raise NotImplementedError  # -> rewards (N,)
 
-    def readout_parameters(self): return (p for n, p in self.named_parameters() if not n.startswith('backbone.'))
-    def states(self, input_ids, attention_mask) -> States: return self.backbone(input_ids, attention_mask, self.n_token_blocks)
+# %% ../../nbs/30_models/32_base.ipynb #5e97ebb6
+@patch
+def readout_parameters(self:RewardModel):
+    return (p for name, p in self.named_parameters() if not name.startswith('backbone.'))
 
-    def forward(self,
-                input_ids:torch.Tensor|None=None,       # tokens, (N, L)
-                attention_mask:torch.Tensor|None=None,  # 1 for real tokens, (N, L)
-                features:torch.Tensor|None=None,        # instead of tokens: what `features` gave for a frozen backbone
-                states:States|None=None                 # instead of tokens: the backbone's states, computed for several readouts
-               ) -> torch.Tensor: # rewards, (N,)
-        if features is None: features = self.features(states or self.states(input_ids, attention_mask))
-        with torch.autocast(next(self.readout_parameters()).device.type, enabled=False): return self.readout(features)
+@patch
+def states(self:RewardModel, input_ids, attention_mask) -> States:
+    return self.backbone(input_ids, attention_mask, self.n_token_blocks)
+
+@patch
+def forward(self:RewardModel,
+            input_ids:torch.Tensor|None=None,       # tokens, (N, L)
+            attention_mask:torch.Tensor|None=None,  # 1 for real tokens, (N, L)
+            features:torch.Tensor|None=None,        # instead of tokens: what `features` gave for a frozen backbone
+            states:States|None=None                 # instead of tokens: the backbone's, computed for several readouts
+           ) -> torch.Tensor: # rewards, (N,)
+    if features is None: features = self.features(states or self.states(input_ids, attention_mask))
+    device = next(self.readout_parameters()).device.type
+    with torch.autocast(device, enabled=False): return self.readout(features)
 
 # %% ../../nbs/30_models/32_base.ipynb #13399a0f
 @patch
@@ -60,36 +69,48 @@ def count_blocks(self:RewardModel, stack:str, n:int|None) -> int:
     return there if n is None else min(n, there)
 
 # %% ../../nbs/30_models/32_base.ipynb #324c6683
-def readout_name(cls:type) -> str: 
+def readout_name(cls:type) -> str:
     "`RewardFromDecoderOutput` -> `decoder_output`, the readout's name in the configuration."
-    name = next((c.__name__ for c in cls.__mro__ if c.__name__.startswith('RewardFrom')), cls.__name__)   # subtle: FSDP puts a class of its own in front
+    names = [c.__name__ for c in cls.__mro__]          # subtle: FSDP puts a class of its own in front
+    name = next((n for n in names if n.startswith('RewardFrom')), cls.__name__)
     return camel2snake(name.removeprefix('RewardFrom'))
 
 def readout_class(name:str) -> type[RewardModel]:
     "The class of a readout. Raises `ConfigError` for a name that is none of them."
-    if name not in choices('model'): raise ConfigError(f'readout {name!r}: must be one of {", ".join(choices("model"))}')
-    return getattr(importlib.import_module(f'rlhf_flant5.models.{name}'), 'RewardFrom' + snake2camel(name))
+    names = choices('model')
+    if name not in names: raise ConfigError(f'readout {name!r}: must be one of {", ".join(names)}')
+    module = importlib.import_module(f'rlhf_flant5.models.{name}')
+    return getattr(module, 'RewardFrom' + snake2camel(name))
 
 # %% ../../nbs/30_models/32_base.ipynb #7a6a9564
+def _saved_config(model): # what `config.json` says; with what a loaded model's said beside
+    backbone = model.backbone
+    config = dict(format='rlhf_flant5 reward model 1', readout=readout_name(type(model)), settings=model.settings,
+                  has_decoder=backbone.has_decoder, train_transformer=backbone.trained, lora=backbone.lora,
+                  transformer=backbone.transformer.config.to_dict())
+    loaded = getattr(model, 'config', {})
+    return config | {k: v for k, v in loaded.items() if k not in config}
+
+def _write_weights(model, file, weights=None): # the module's own, or those given
+    if weights is None: save_model(model, str(file))
+    else: save_file({k: v.contiguous() for k, v in weights.items()}, str(file))
+
+# %% ../../nbs/30_models/32_base.ipynb #9cc1cd08
 @patch
 def save_pretrained(self:RewardModel,
                     folder:Path,      # is replaced if it exists
                     tokenizer=None,   # None: the model's own
-                    weights:dict[str, torch.Tensor]|None=None, # instead of the module's own: those of a model shared out over processes
-                    **facts):         # anything to keep in `config.json` beside what a loaded model has there: max_tokens, its scores
+                    weights:dict|None=None, # name -> tensor, instead of the module's own
+                    **facts):         # kept in `config.json`, beside what a loaded model has there
     "Save weights, architecture and tokenizer as one self-contained folder. Raises `ConfigError` without a tokenizer."
     tokenizer = tokenizer or getattr(self, 'tokenizer', None)
     if tokenizer is None:
         raise ConfigError(f'{folder}: the model has no tokenizer to save; '
                           'give one, as save_pretrained(folder, tokenizer)')
-    known = {k: v for k, v in getattr(self, 'config', {}).items() if k not in ('format', *SavedModel.model_fields)}
-    config = dict(format='rlhf_flant5 reward model 1', readout=readout_name(type(self)), settings=self.settings,
-                  has_decoder=self.backbone.has_decoder, train_transformer=self.backbone.trained, lora=self.backbone.lora,
-                  transformer=self.backbone.transformer.config.to_dict()) | known | facts
+    config = json.dumps(_saved_config(self) | facts, indent=1)
     with new_folder(folder) as new:
-        (new/'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
-        if weights is None: save_model(self, str(new/'model.safetensors'))
-        else: save_file({k: v.contiguous() for k, v in weights.items()}, str(new/'model.safetensors'))
+        (new/'config.json').write_text(config, encoding='utf-8')
+        _write_weights(self, new/'model.safetensors', weights)
         tokenizer.save_pretrained(new/'tokenizer')
 
 # %% ../../nbs/30_models/32_base.ipynb #9e849e4b
@@ -98,11 +119,12 @@ def saved_model(name:str) -> str: # a model's folder, or the id
     best = os.path.join(os.path.expanduser(name), 'simulation', 'best_model')
     return best if os.path.isdir(best) else name
 
-def _model_folder(name): # fetched from the hub if need be; its config.json is looked at before anything large comes
+def _model_folder(name): # fetched from the hub if need be
+    # config.json is looked at before anything large comes
     folder = resolve_folder(name, 'model', ['config.json'], ['config.json'])
     check_saved(read_json(folder/'config.json'), name)
-    needed = ['config.json', 'model.safetensors', 'tokenizer']
-    return resolve_folder(name, 'model', [*needed[:2], 'tokenizer/*'], needed)
+    files = ['config.json', 'model.safetensors']
+    return resolve_folder(name, 'model', [*files, 'tokenizer/*'], [*files, 'tokenizer'])
 
 def _dtype(dtype):
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -110,25 +132,35 @@ def _dtype(dtype):
     raise ConfigError(f'dtype={dtype}: must be float32, bfloat16 or float64; T5 overflows in float16')
 
 # %% ../../nbs/30_models/32_base.ipynb #80a25241
+def _build(config, where): # the model, without memory for its weights
+    readout = check_saved(config, where)
+    t5 = T5Model if config['has_decoder'] else T5EncoderModel
+    with torch.device('meta'):
+        transformer = t5(t5_config(config['transformer'], where))
+        backbone = Backbone(transformer, config['train_transformer'], lora=config['lora'])
+        return readout(backbone, **config['settings'])
+
+def _load(folder, where): # the whole model
+    config = read_json(folder/'config.json')
+    model = _build(config, where)
+    load_weights(model, weight_files(folder, where), where, whole=True)
+    model.tokenizer, model.config = read_tokenizer(folder/'tokenizer', where), config
+    last, n = max(model.tokenizer.get_vocab().values()), model.backbone.transformer.config.vocab_size
+    if last < n: return model
+    raise ConfigError(f'{where}: the tokenizer has a token {last}, the transformer knows {n}; '
+                      'they are not of one model')
+
+# %% ../../nbs/30_models/32_base.ipynb #e522ac06
 @patch(cls_method=True)
 def from_pretrained(cls:RewardModel,
-                    name:str|Path,                     # a folder that `save_pretrained` wrote, a run's folder, or a model id of the hub
+                    name:str|Path, # a folder of `save_pretrained`, a run's folder, or a model id of the hub
                     device:str|torch.device|None=None, # None: the best there is
-                    dtype:str|torch.dtype|None=None    # of the backbone's weights, such as bfloat16; None: float32, as they were saved
+                    dtype:str|torch.dtype|None=None # of the backbone, such as bfloat16; None: float32, as saved
                    ) -> RewardModel: # in evaluation mode, with `tokenizer` and `config`
     "The saved model with the same rewards. Raises `ConfigError` for a folder that is no saved reward model."
     name, dtype = saved_model(str(name)), _dtype(dtype)
     device = best_device(None if device is None else str(device))
-    folder = _model_folder(name)
-    config = read_json(folder/'config.json')
-    readout = check_saved(config, name)
-    with torch.device('meta'):       # no memory until the weights are known to fit
-        transformer = (T5Model if config['has_decoder'] else T5EncoderModel)(t5_config(config['transformer'], name))
-        model = readout(Backbone(transformer, config['train_transformer'], lora=config['lora']), **config['settings'])
-    load_weights(model, weight_files(folder, name), name, whole=True)
-    model.tokenizer, model.config = read_tokenizer(folder/'tokenizer', name), config
-    last, n = max(model.tokenizer.get_vocab().values()), transformer.config.vocab_size
-    if last >= n: raise ConfigError(f'{name}: the tokenizer has a token {last}, the transformer knows {n}; they are not of one model')
+    model = _load(_model_folder(name), name)
     model.backbone.to(dtype)         # the readout stays in float32
     return model.to(device).eval()
 
@@ -161,11 +193,11 @@ def pair_loss(rewards:torch.Tensor # chosen in the first half, rejected in the s
     chosen, rejected = rewards.chunk(2)
     return -F.logsigmoid(chosen - rejected)
 
-# %% ../../nbs/30_models/32_base.ipynb #088d66f9
+# %% ../../nbs/30_models/32_base.ipynb #8f5698d6
 @patch
 def fsdp_units(self:RewardModel) -> tuple[list, list]:
     "What FSDP shards one by one: blocks, and position biases."
     return self.backbone.fsdp_units()
 
-# %% ../../nbs/30_models/32_base.ipynb #16757fad
+# %% ../../nbs/30_models/32_base.ipynb #e868a320
 show_parameters(RewardModel.forward, RewardModel.save_pretrained, RewardModel.from_pretrained)

@@ -14,12 +14,17 @@ from .pooling import RewardHead
 # %% ../../nbs/30_models/37_decoder_output.ipynb #55605c83
 class RewardFromDecoderOutput(RewardModel):
     "The decoder's last hidden state for its start token, and a head."
-    reads_decoder, cacheable, stack, n_blocks = True, True, 'decoder', 1
+    reads_decoder = cacheable = True
+    stack, n_blocks = 'decoder', 1
+
     def __init__(self,
                  backbone:Backbone,                # with its decoder
                  readout_additional_layers=()):    # widths of the head's hidden layers
         super().__init__(backbone, readout_additional_layers=list(readout_additional_layers))
         self.head = RewardHead(backbone.d_model, readout_additional_layers)
 
-    def features(self, states:States) -> torch.Tensor: return states.first_positions(self.stack, self.n_blocks)   # (N, 1, D)
-    def readout(self, features) -> torch.Tensor: return self.head(features[:, 0])                               # (N, 1, D) -> (N,)
+    def features(self, states:States) -> torch.Tensor: # (N, 1, D)
+        return states.first_positions(self.stack, self.n_blocks)
+
+    def readout(self, features) -> torch.Tensor: # (N, 1, D) -> (N,)
+        return self.head(features[:, 0])

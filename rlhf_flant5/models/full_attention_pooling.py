@@ -21,20 +21,26 @@ class RewardFromFullAttentionPooling(RewardModel):
                  cross_layer_pooling_output_dim:int=256,  # width after pooling the blocks
                  n_blocks_to_use:int|None=4,              # read the last so many blocks (all, if fewer); None: all
                  readout_additional_layers=()):           # widths of the head's hidden layers
-        super().__init__(backbone, layer_pooling_output_dim=layer_pooling_output_dim, cross_layer_pooling_output_dim=cross_layer_pooling_output_dim,
-                         n_blocks_to_use=n_blocks_to_use, readout_additional_layers=list(readout_additional_layers))
+        super().__init__(backbone, layer_pooling_output_dim=layer_pooling_output_dim,
+                         cross_layer_pooling_output_dim=cross_layer_pooling_output_dim,
+                         n_blocks_to_use=n_blocks_to_use,
+                         readout_additional_layers=list(readout_additional_layers))
         self.n_blocks = self.n_token_blocks = self.count_blocks('encoder', n_blocks_to_use)
-        self.token_pools = nn.ModuleList(AttentionPooling(backbone.d_model) for _ in range(self.n_blocks))
-        self.widths = nn.ModuleList(GeGLU(backbone.d_model, layer_pooling_output_dim) for _ in range(self.n_blocks))
+        blocks, d = range(self.n_blocks), backbone.d_model
+        self.token_pools = nn.ModuleList(AttentionPooling(d) for _ in blocks)
+        self.widths = nn.ModuleList(GeGLU(d, layer_pooling_output_dim) for _ in blocks)
         self.block_pool = AttentionPooling(layer_pooling_output_dim)
         self.block_width = GeGLU(layer_pooling_output_dim, cross_layer_pooling_output_dim)
         self.head = RewardHead(cross_layer_pooling_output_dim, readout_additional_layers)
 
-    def features(self, states:States): return states.last_blocks(self.n_blocks), states.texts.mask   # K x (N, L, D), (N, L)
+    def features(self, states:States): # -> K x (N, L, D), (N, L)
+        return states.last_blocks(self.n_blocks), states.texts.mask
 
     def pool_tokens(self, features) -> torch.Tensor: # (N, K, P)
         blocks, mask = features
-        return torch.stack([width(pool(h, mask)) for pool, width, h in zip(self.token_pools, self.widths, blocks)], 1)
+        pooled = [width(pool(h, mask)) for pool, width, h in zip(self.token_pools, self.widths, blocks)]
+        return torch.stack(pooled, 1)
 
     def readout(self, features) -> torch.Tensor: # rewards (N,)
-        return self.head(self.block_width(self.block_pool(self.pool_tokens(features))))                   # (N, K, P) -> (N, P) -> (N,)
+        pooled = self.block_pool(self.pool_tokens(features))     # (N, K, P) -> (N, P)
+        return self.head(self.block_width(pooled))

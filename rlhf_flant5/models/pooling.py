@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 # %% ../../nbs/30_models/31_pooling.ipynb #6953801e
 class AttentionPooling(nn.Module):
-    "Pool a set of vectors with one learned query: softmax(q . norm(x)) x (one-query attention, Bahdanau et al. 2015, arXiv:1409.0473)."
+    "Pool a set with one learned query: softmax(q . norm(x)) x (Bahdanau et al. 2015, arXiv:1409.0473)."
     def __init__(self, d:int): # width of the vectors
         super().__init__()
         self.query = nn.Parameter(torch.zeros(d))
@@ -56,8 +56,10 @@ class RewardHead(nn.Module):
                  d:int,                # width of the input
                  hidden:list[int]=()): # widths of the hidden layers
         super().__init__()
-        widths = [d, *hidden]
-        self.hidden = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in (nn.RMSNorm(a), nn.Linear(a, b), nn.GELU())])
+        widths, layers = [d, *hidden], []
+        for d_in, d_out in zip(widths, widths[1:]):
+            layers += [nn.RMSNorm(d_in), nn.Linear(d_in, d_out), nn.GELU()]
+        self.hidden = nn.Sequential(*layers)
         self.reward = nn.Linear(widths[-1], 1, bias=False)
         nn.init.normal_(self.reward.weight, std=.1*widths[-1]**-.5)
 

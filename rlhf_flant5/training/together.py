@@ -30,7 +30,6 @@ class SharedPass:
 def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, whether they are compiled)
     "Models and batches of runs that train side by side; a run alone is one of one."
     cfg, share, compiled = cfgs[0], lambda m: m, False
-    if cfg.model.attention == 'flex' and (accelerator.device.type != 'cuda' or cfg.model.dropout != 0): raise ConfigError('model.attention=flex: needs a GPU and model.dropout=0; take auto')
     if len(cfgs) == 1:
         models = [first_then_all(lambda: build_model(cfg.model, cfg.seed))]
         if cfg.model.start_from: models[0].began_with = first_then_all(lambda: start_from(models[0], cfg.model.start_from, tokenizer))
