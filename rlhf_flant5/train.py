@@ -65,13 +65,12 @@ from .models.base import readout_name
 from .training.build import keeps_states, load_data, make_accelerator, model_class, n_wanted, Saver
 from .training.build import warn_of_states
 from .training.jobs import side_by_side, sweep
-from .training.loop import OutOfMemory, resume_loops, run_loops
 from .training.origin import as_decided, begin_runs, check_origin, note_machine, opening_lines
 from .training.origin import write_origin_page, write_result_page
 from .training.runs import open_run, protect, results_root, Run, run_dir, unprotect
 from .training.scores import final_scores, keep_texts, lacks_texts
-from .training.step import NonFiniteLoss
-from .training.together import make_loop, prepare
+from .training.step import NonFiniteLoss, OutOfMemory
+from .training.together import make_loop, prepare, resume_loops, run_loops
 from .training.trackers import History, TensorBoard
 
 # %% ../nbs/80_programs/81_train.ipynb #df3be63b

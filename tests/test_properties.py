@@ -134,7 +134,7 @@ def test_deal(sizes, n):
 def test_batches_of_several_processes(made, budget, n, epoch):
     "The same steps and the same micro-batches of an evaluation, each pair with one process; as many passes with each."
     lengths, make = made
-    def part(k): b = make(budget); b.process, b.n_processes = k, n; return b
+    def part(k): return make(budget).for_process(k, n)
     for whole, parts in zip(make(budget).steps(epoch), zip(*(part(k).steps(epoch) for k in range(n))), strict=True):
         assert all((p.rows == whole.rows).all() and p.n_tokens == whole.n_tokens for p in parts) and len({len(p.micro_batches) for p in parts}) == 1
         assert sorted(i for p in parts for m in p.micro_batches for i in m.rows) == sorted(whole.rows)

@@ -9,7 +9,6 @@ import pytest, torch
 from rlhf_flant5 import train
 from rlhf_flant5.training import checkpoint, loop, origin, states
 from rlhf_flant5.core.files import ConfigError
-from rlhf_flant5.training.loop import TrainingLoop
 from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.core.processes import launch
 from rlhf_flant5.training.runs import Run, find_runs
@@ -17,7 +16,7 @@ from rlhf_flant5.train import main
 from conftest import root, program
 
 EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'), texts=(origin, 'keep_texts'))
-LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(TrainingLoop, '_write'), seal=(loop, 'seal'),
+LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'), checkpoint=(checkpoint, 'write_checkpoint'), seal=(checkpoint, 'seal'),
             scores=(train, 'final_scores'), summary=(train, 'finish'))
 ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
 PHASES = EARLY | LATE | dict(cache=(states.KeptStates, 'write_segment'), close=(Run, '__exit__'))

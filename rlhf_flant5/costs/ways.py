@@ -165,7 +165,8 @@ def our_way(readout, config, pairs, o, **backbone) -> Way:
     a = accelerator(str(o.device), o.precision)
     opt, b = adam(model, fused=True), PairBatches(pairs, 0, o.step, 1, 103)
     with a.autocast():
-        b.token_budget = o.budget or find_token_budget(model, b.micro_batch([int(b.lengths.argmax())]), o.device)
+        longest = b.micro_batch([int(b.lengths.argmax())])
+        b = b.with_budget(o.budget or find_token_budget(model, longest, o.device))
     if o.compile: model.backbone.compile_blocks()
     return Way('ours', model, b, lambda i: train_step(model, opt, pair_loss, next(ahead(b.steps(0, i), o.device)), b.ids, a), o.device)
 

@@ -14,42 +14,67 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from ..core.machine import precision_name
 from ..core.processes import highest, n_processes, on_first
-from ..data.batches import MicroBatch, PairBatches
+from ..data.batches import Batches, MicroBatch
 
 # %% ../../nbs/50_training/59b_budget.ipynb #24bbee97
 log = logging.getLogger('rlhf_flant5.training.budget')
 
 # %% ../../nbs/50_training/59b_budget.ipynb #566bc81c
+def _storage(t) -> torch.UntypedStorage: # of this process's part
+    return (t.to_local() if isinstance(t, DTensor) else t).untyped_storage()
+
 def saved_bytes(model, inputs:dict) -> int:
     "Bytes that the forward pass keeps for the backward pass."
-    weights = {(p.to_local() if isinstance(p, DTensor) else p).untyped_storage().data_ptr() for p in model.parameters()}; kept = {}
-    def look(t): s = t.untyped_storage(); kept[s.data_ptr()] = 0 if s.data_ptr() in weights else s.nbytes(); return t
+    weights = {_storage(p).data_ptr() for p in model.parameters()}
+    kept = {}       # address -> bytes
+    def look(t):
+        s = t.untyped_storage()
+        kept[s.data_ptr()] = 0 if s.data_ptr() in weights else s.nbytes()
+        return t
+
     with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t): out = model.train()(**inputs)
     n = sum(kept.values())           # subtle: `out` keeps the graph alive until here, so no address comes twice
-    if isinstance(model, FSDPModule): out.sum().backward(); model.zero_grad()      # it drops gathered weights behind a backward pass
+    if isinstance(model, FSDPModule):
+        out.sum().backward()         # it drops gathered weights after a backward pass
+        model.zero_grad()
     return n
 
-def free_memory(device) -> int: # bytes
-    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available//int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-
+# %% ../../nbs/50_training/59b_budget.ipynb #6d427974
 ENOUGH_TOKENS = {'cpu': 4096, 'cuda': 65536}   # at once; more brings no speed
 
-def find_token_budget(model, longest:MicroBatch, device) -> int:
+def free_memory(device) -> int: # bytes
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    n_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))        # processes on this machine
+    return psutil.virtual_memory().available//n_here
+
+def _saved_for(model, inputs:dict) -> int: # bytes kept for the backward pass
+    "`saved_bytes` without the weights that FSDP gathers for a pass: what twice the inputs keep more."
+    saved = saved_bytes(model, inputs)
+    if not isinstance(model, FSDPModule): return saved
+    twice = {k: torch.cat([v, v]) for k, v in inputs.items()}
+    return saved_bytes(model, twice) - saved
+
+# %% ../../nbs/50_training/59b_budget.ipynb #15546075
+def find_token_budget(model,
+                      longest:MicroBatch,  # one pair
+                      device
+                     ) -> int:
     "The token budget for half of the free memory, a power of two."
-    trained = sum(4*3*p.numel() for p in model.parameters() if p.requires_grad)              # gradient and two moments, float32
-    inputs = longest.to(device).inputs; saved = saved_bytes(model, inputs)
-    if isinstance(model, FSDPModule): saved = saved_bytes(model, {k: torch.cat([v, v]) for k, v in inputs.items()}) - saved      # without the gathered weights
-    per_token = max(saved/longest.n_positions, 1)
-    fits = max(.5*(free_memory(device) - trained)/per_token, 1)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer_bytes = 4*3*n_trained                              # gradient and two moments, float32
+    per_token = max(_saved_for(model, longest.to(device).inputs)/longest.n_positions, 1)
+    fits = max(.5*(free_memory(device) - optimizer_bytes)/per_token, 1)
     budget = min(2**int(math.log2(fits)), ENOUGH_TOKENS.get(device.type, 4096))
-    budget = -int(highest(-budget, device=device)[0])      # of the process that has least
-    log.info(f'token budget {budget:,}: {budget*per_token/2**20:,.0f} MiB kept for the backward pass at once')
+    budget = -int(highest(-budget, device=device)[0])            # of the process that has least
+    kept = budget*per_token/2**20
+    log.info(f'token budget {budget:,}: {kept:,.0f} MiB kept for the backward pass at once')
     return budget
 
 # %% ../../nbs/50_training/59b_budget.ipynb #c00b694d
 def matmul_rate(device, dtype, n:int=1024) -> float: # operations a second
     "The rate of a matrix product, best of five."
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2)); best = 0.
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.
     for _ in range(6):
         begun = time.perf_counter()
         a @ b
@@ -58,30 +83,40 @@ def matmul_rate(device, dtype, n:int=1024) -> float: # operations a second
     return best
 
 # %% ../../nbs/50_training/59b_budget.ipynb #79d6440b
-COMPILE_SAVES = {('cpu', 'fp32'): .03, ('cpu', 'bf16'): .2, ('cuda', 'fp32'): .1, ('cuda', 'bf16'): .2}   # share of a step
+COMPILE_SAVES = {('cpu', 'fp32'): .03, ('cpu', 'bf16'): .2,      # share of a step
+                 ('cuda', 'fp32'): .1, ('cuda', 'bf16'): .2}
 COMPILE_WARMUP = 30       # seconds
+_REACHED = .6              # of the rate of a matrix product, by a step
 
 def compile_pays(n_operations:float, # of the whole run
                  rate:float,         # operations a second, of a matrix product
                  saves:float         # share of a step
                 ) -> bool:
-    return saves * n_operations / (.6 * rate) > COMPILE_WARMUP       # a step reaches some 60% of the product's rate
+    return saves * n_operations / (_REACHED * rate) > COMPILE_WARMUP
 
-def run_pays(cfg, model, train:PairBatches, device, precision:str) -> bool:
+# %% ../../nbs/50_training/59b_budget.ipynb #ea7518f8
+def _n_operations(loop_cfg, model, train:Batches) -> float: # of the whole run, in this process
+    n_weights = sum(p.numel() for n, p in model.backbone.named_parameters() if '.block.' in n)
+    epochs = min(loop_cfg.n_batches/train.n_steps or loop_cfg.n_epochs, loop_cfg.n_epochs)
+    a_token = (6 if model.backbone.trained else 2) * n_weights
+    return a_token * epochs * int(train.tokens.sum()) / n_processes()
+
+def run_pays(cfg, model, train:Batches, device, precision:str) -> bool:
     "Whether compiling pays for a run; never where its saving is not known, as on Apple's MPS."
     saves = COMPILE_SAVES.get((device.type, precision))
     if saves is None: return False
-    n_weights = sum(p.numel() for n, p in model.backbone.named_parameters() if '.block.' in n)
-    share = min(cfg.training.loop.n_batches/train.n_steps or cfg.training.loop.n_epochs, cfg.training.loop.n_epochs)
-    n_operations = (6 if model.backbone.trained else 2) * n_weights * share * int(train.tokens.sum()) / n_processes()
+    n_operations = _n_operations(cfg.training.loop, model, train)
     rate = matmul_rate(device, torch.bfloat16 if precision == 'bf16' else torch.float32)
     pays = compile_pays(n_operations, rate, saves)
-    if pays: log.info(f'compiling: the run takes about {n_operations/.6/rate/60:,.0f} minutes without, the warm-up half a minute')
+    minutes = n_operations/(_REACHED*rate)/60
+    if pays: log.info(f'compiling: the run takes about {minutes:,.0f} minutes without, the warm-up half a minute')
     return pays
 
-def compile_if_it_pays(cfg, model, train:PairBatches, accelerator) -> bool:
-    "`training.compile`, decided and told."
+def compile_if_it_pays(cfg, model, train:Batches, accelerator) -> bool:
+    "Compile as `training.compile` says; whether it was done."
     want = cfg.training.compile
-    if want == 'auto': want = on_first(lambda: run_pays(cfg, model, train, accelerator.device, precision_name(accelerator)))
+    if want == 'auto':
+        precision = precision_name(accelerator)
+        want = on_first(lambda: run_pays(cfg, model, train, accelerator.device, precision))
     if want: model.backbone.compile_blocks()
     return want

@@ -117,8 +117,7 @@ def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairB
     budget, train = cfg.training.token_budget, batches['train']
     if budget == 'auto':
         with accelerator.autocast(): budget = find_token_budget(model, train.micro_batch([int(train.lengths.argmax())]), accelerator.device)
-    for b in batches.values(): b.token_budget, b.process, b.n_processes = budget, rank(), n_processes()
-    return batches
+    return {k: b.with_budget(budget).for_process(rank(), n_processes()) for k, b in batches.items()}
 
 # %% ../../nbs/50_training/59c_build.ipynb #0d98e582
 def kept_batches(cfg, model, batches, accelerator) -> dict[str, FeatureBatches]:

@@ -7,6 +7,7 @@ __all__ = ['duration', 'Progress']
 
 # %% ../../nbs/50_training/54_progress.ipynb #df1f2b31
 import logging, os, time
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.processes import is_first
 
@@ -17,32 +18,47 @@ def duration(seconds:float) -> str:
     if seconds < 90: return f'{seconds:.0f} s'
     return f'{minutes} min' if minutes < 90 else f'{minutes//60} h {minutes%60} min'
 
+# %% ../../nbs/50_training/54_progress.ipynb #89eab461
 class Progress:
-    "How far something long is: a bar on a terminal, elsewhere a line in the log now and then; of the first process alone."
+    "A bar on a terminal, elsewhere a line in the log now and then; of the first process alone."
     def __init__(self,
                  what:str,      # 'train', 'validation', …
                  unit:str,      # what is counted: batch, pair
                  total:int,
                  done:int=0):   # before it began, in a run that goes on
-        self.what, self.unit, self.total, self.start, self.done = what, unit, total, done, done
+        self.what, self.unit, self.total = what, unit, total
+        self.start = self.done = done
         hidden = True if os.environ.get('TQDM_DISABLE') or not is_first() else None      # None: on a terminal only
         self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, leave=unit == 'batch', disable=hidden)
         self.begun = self.spoke = time.monotonic()
+
     def __enter__(self): return self
+
     def __exit__(self, *_): self.bar.close()
 
-    def __call__(self, n:int, words:str='', spoke:float=0.): # n more are done; when another line was said last
-        n = min(n, self.total - self.done)
-        self.done += n
-        self.bar.set_postfix_str(words, refresh=False)
-        self.bar.update(n)
-        now, self.spoke = time.monotonic(), max(self.spoke, spoke)
-        quiet_for = 10 if now - self.begun < 60 else 60
-        due = now - self.spoke >= quiet_for and self.start < self.done < self.total
-        if due and self.bar.disable and is_first(): self.line(now, words)
+# %% ../../nbs/50_training/54_progress.ipynb #429feacf
+@patch
+def __call__(self:Progress,
+             n:int,           # more are done
+             words:str='',
+             spoke:float=0.): # when another line was in the log last, by `time.monotonic`
+    "Move on; where there is no bar, write a line if it is time for one."
+    n = min(n, self.total - self.done)
+    self.done += n
+    self.bar.set_postfix_str(words, refresh=False)
+    self.bar.update(n)
+    now = time.monotonic()
+    self.spoke = max(self.spoke, spoke)
+    quiet_for = 10 if now - self.begun < 60 else 60
+    due = now - self.spoke >= quiet_for and self.start < self.done < self.total
+    if due and self.bar.disable and is_first(): self._line(now, words)
 
-    def line(self, now, words):
-        left = (now - self.begun)/(self.done - self.start)*(self.total - self.done)
-        said = ', '.join(filter(None, [f'{self.what} {words}'.strip(), f'{duration(left)} left']))
-        logging.getLogger(__name__).info(f'{self.unit} {self.done:,} of {self.total:,}: {said}')
-        self.spoke = now
+# %% ../../nbs/50_training/54_progress.ipynb #6f154dc7
+@patch
+def _line(self:Progress, now:float, words:str):
+    left = (now - self.begun)/(self.done - self.start)*(self.total - self.done)
+    what = f'{self.what} {words}'.strip()
+    parts = [what] if what else []
+    parts.append(f'{duration(left)} left')
+    logging.getLogger(__name__).info(f'{self.unit} {self.done:,} of {self.total:,}: {", ".join(parts)}')
+    self.spoke = now

@@ -21,6 +21,7 @@ def n_warmup(opt,         # warmup: batches, or a share of the run below 1
     "The batches of the warm-up; a share is rounded up."
     return math.ceil(opt.warmup*n_total) if opt.warmup < 1 else int(opt.warmup)
 
+# %% ../../nbs/50_training/56_schedule.ipynb #810b2d6a
 def learning_rate(opt,             # init_lr, final_lr, schedule, warmup
                   n:int,           # batches done before this one
                   n_total:int,     # batches of the run
@@ -30,8 +31,8 @@ def learning_rate(opt,             # init_lr, final_lr, schedule, warmup
     warm = n_warmup(opt, n_total)
     rise = min(1, (n + 1)/max(warm, 1))
     if opt.schedule == 'epochs':
-        last_epoch = (n_total - 1)//n_per_epoch
-        return opt.init_lr * (opt.final_lr/opt.init_lr)**(n//n_per_epoch/max(last_epoch, 1)) * rise
+        epoch, last_epoch = n//n_per_epoch, (n_total - 1)//n_per_epoch
+        return opt.init_lr * (opt.final_lr/opt.init_lr)**(epoch/max(last_epoch, 1)) * rise
     peak = max(warm, 1) - 1                                           # the first batch at the full rate
     t = min(max(n - peak, 0)/max(n_total - 1 - peak, 1), 1)
     return SCHEDULES[opt.schedule](opt.init_lr, opt.final_lr, t) * rise
@@ -40,16 +41,17 @@ def learning_rate(opt,             # init_lr, final_lr, schedule, warmup
 def describe_rate(opt, n_total:int, n_per_epoch:int) -> str:
     "What the rate of a run does, in one line."
     warm = n_warmup(opt, n_total)
-    rise = f'up to {opt.init_lr:g} over {warm:,} batches, then ' if warm > 1 else ''
     if warm > n_total:
         reached = opt.init_lr*n_total/warm
         return (f'rising to {reached:.3g} of {opt.init_lr:g}: the warm-up of {warm:,} batches is longer '
                 f'than the run of {n_total:,}; lower training.optimizer.warmup')
+    rise = f'up to {opt.init_lr:g} over {warm:,} batches, then ' if warm > 1 else ''
     if opt.schedule == 'epochs' and n_total <= n_per_epoch:
         return (f'{rise}constant at {opt.init_lr:g}: schedule=epochs decays between epochs, this run has one, '
                 f'so final_lr={opt.final_lr:g} is not used; '
                 'take training.optimizer.schedule=linear to decay within it')
     if opt.schedule == 'constant': return f'{rise}constant at {opt.init_lr:g}'
-    how = dict(epochs=f'once an epoch, exponentially, over {math.ceil(n_total/n_per_epoch)} epochs',
+    n_epochs = math.ceil(n_total/n_per_epoch)
+    how = dict(epochs=f'once an epoch, exponentially, over {n_epochs} epochs',
                steps='exponentially', linear='linearly', cosine='along a cosine')
     return f'{rise}from {opt.init_lr:g} to {opt.final_lr:g} {how[opt.schedule]}'

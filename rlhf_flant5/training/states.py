@@ -19,7 +19,7 @@ from transformers import T5EncoderModel
 from ..backbone.t5 import Backbone
 from ..core.files import ConfigError, remove_leftovers
 from ..core.processes import is_first, n_processes, on_first, rank, wait_for_all
-from ..data.batches import cut_by_budget, deal, MicroBatch, PairBatches
+from ..data.batches import Batches, cut_by_budget, deal, MicroBatch, PairBatches
 from ..models.base import RewardModel
 from .segments import KeptStates, MappedStates
 
@@ -243,15 +243,15 @@ def without_decoder(backbone:Backbone # frozen
     return Backbone(small, train_transformer=False, lora=backbone.lora)
 
 # %% ../../nbs/50_training/59a_states.ipynb #cf09c9c6
-class FeatureBatches(PairBatches):
+class FeatureBatches(Batches):
     "Batches of kept features; steps and pairs as in the batches of tokens they were computed from."
     def __init__(self,
                  features:MappedStates|np.ndarray,   # (pairs, 2, K, D)
                  batches:PairBatches):               # whose pairs they are
-        self.features, self.ids, self.subsets = features, batches.ids, batches.subsets
-        self.batch_size, self.seed, self.token_budget = batches.batch_size, batches.seed, 2*batches.batch_size
-        self.process, self.n_processes = batches.process, batches.n_processes
-        self.lengths, self.tokens = np.ones(len(features), dtype=int), np.full(len(features), 2)
+        self.features, n = features, len(features)
+        super().__init__(batches.ids, batches.subsets, lengths=np.ones(n, dtype=int), tokens=np.full(n, 2),
+                         batch_size=batches.batch_size, token_budget=2*batches.batch_size, seed=batches.seed,
+                         process=batches.process, n_processes=batches.n_processes)
 
     def micro_batch(self, rows) -> MicroBatch:
         f = torch.from_numpy(self.features[rows])            # (B, 2, K, D)
