@@ -33,8 +33,9 @@ from safetensors import SafetensorError
 from .core.files import ConfigError, first_line
 from .core.hub import TOKENIZER_FILES
 from .core.program import program
-from .use.card import model_card, read_facts
+from .use.card import model_card
 from .use.elsewhere import export_backbone
+from .use.facts import read_facts
 
 # %% ../nbs/80_programs/89_publish.ipynb #fe0f824d
 _REMEDY = {401: 'the hub does not know you (401); log in with `hf auth login`, with a token that may write',

@@ -9,18 +9,24 @@ __all__ = ['score_parser', 'main']
 from .core.program import early, new_parser
 from .data.layouts import NAMES
 
-# %% ../nbs/80_programs/86_score.ipynb #66fe81b2
+# %% ../nbs/80_programs/86_score.ipynb #c87dc658
+_ROWS = (r'rows: {"text": "\n\nHuman: …\n\nAssistant: …"}, {"prompt": …, "response": …} '
+         r'or {"messages": [{"role": …, "content": …}]}, and an id; or columns of these names')
+
+_HELP = _ROWS + """
+examples:
+  python -m rlhf_flant5.score runs/best_model rows.jsonl.gz --out rewards.jsonl
+  python -m rlhf_flant5.score runs/best_model qa.csv --prompt question --response answer --keep topic --out rewards.csv
+  cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl"""
+
 def _allowed(text): # bad lines: a number, or a share of them
     n = float(text) if '.' in text else int(text)
     if n < 0 or '.' in text and n >= 1: raise ValueError
     return n
 
+# %% ../nbs/80_programs/86_score.ipynb #66fe81b2
 def score_parser():
-    p = new_parser('score', '''rows: {"text": "\\n\\nHuman: …\\n\\nAssistant: …"}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}]}, and an id; or columns of these names
-examples:
-  python -m rlhf_flant5.score runs/best_model rows.jsonl.gz --out rewards.jsonl
-  python -m rlhf_flant5.score runs/best_model qa.csv --prompt question --response answer --keep topic --out rewards.csv
-  cat rows.jsonl | python -m rlhf_flant5.score my-name/my-model > rewards.jsonl''')
+    p = new_parser('score', _HELP)
     p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
     p.add_argument('input', nargs='?', default='-', help='.jsonl or .csv (or either .gz), or .parquet; '
                                                          '- or nothing: JSON lines from standard input')
@@ -29,10 +35,11 @@ examples:
         p.add_argument(f'--{name}', metavar='COLUMN', help=f'the column that holds the {name}; default: {name}')
     p.add_argument('--keep', metavar='COLUMNS', help='columns that go along with the reward, a,b,c, or all; '
                                                      'an id always does')
-    p.add_argument('--max-bad-lines', type=_allowed, default=0, metavar='N', help='exit code 0 if no more lines are bad: a number, or a share such as 0.01; default: 0')
+    p.add_argument('--max-bad-lines', type=_allowed, default=0, metavar='N',
+                   help='exit code 0 if no more lines are bad: a number, or a share such as 0.01; default: 0')
     p.add_argument('--resume', action='store_true', help='go on with --out where a run was cut short')
-    p.add_argument('--too-long', choices=('error', 'truncate_left'), default='error', help='a text beyond the model\'s max_tokens: an '
-                                                                         'error of its line (default), or keep its end')
+    p.add_argument('--too-long', choices=('error', 'truncate_left'), default='error',
+                   help="a text beyond the model's max_tokens: an error of its line (default), or keep its end")
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: the best there is')
     p.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32')
     p.add_argument('--token-budget', type=int, help='padded tokens at once; default: what suits the device')
@@ -50,38 +57,57 @@ from tqdm.auto import tqdm
 from .core.files import ConfigError
 from .core.program import program
 from .use.scorer import load_model
-from .use.stream import _FORMS, _pieces, csv_table, form_of, numbered_lines, OWN, parquet_table
-from .use.stream import score_stream, whole_rows
+from .use.stream import csv_table, form_of, numbered_lines, OWN, parquet_table, read_pieces
+from .use.stream import score_stream, TEXT_COLUMNS, whole_rows
 
 # %% ../nbs/80_programs/86_score.ipynb #ce5b9651
 _NOT_READ = '.tsv', '.xlsx', '.xls', '.ods', '.arrow', '.feather', '.zip', '.zst', '.bz2', '.xz'
 
-def _columns(args): # (names, keep) that the options give
+def _text_columns(args): # {name: column} that the options give
     names = {k: getattr(args, k) for k in NAMES if getattr(args, k) is not None}
-    if len(names) == 1 and {*names} <= {'prompt', 'response'}: names = dict(prompt='prompt', response='response') | names
-    if names and tuple(names) not in _FORMS:
+    if len(names) == 1 and {*names} <= {'prompt', 'response'}:
+        names = dict(prompt='prompt', response='response') | names
+    if names and tuple(names) not in TEXT_COLUMNS:
         raise ConfigError(f'--{" --".join(names)}: name text, or prompt and response, or messages')
-    keep = None if args.keep == 'all' else [c for c in (args.keep or '').split(',') if c]
-    if taken := [c for c in keep or () if c in OWN]:
-        raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
-    return names, keep
+    return names
 
-def _source(args, names, stack): # (columns, or None for JSON lines; numbered rows)
-    if args.input == '-': return None, numbered_lines(sys.stdin.buffer)
-    kind, zipped = Path(args.input.removesuffix('.gz')).suffix.lower(), args.input.endswith('.gz')
-    if kind in _NOT_READ or kind == '.parquet' and zipped:
-        raise ConfigError(f'{args.input}: is not read here; '
-                          'convert it to .jsonl or .csv (or either .gz), or to .parquet')
+def _kept_columns(args): # a list of columns; None: all
+    if args.keep == 'all': return None
+    keep = [c for c in (args.keep or '').split(',') if c]
+    if taken := [c for c in keep if c in OWN]:
+        raise ConfigError(f'--keep {taken[0]}: the output has a column of its own of that name; rename yours')
+    return keep
+
+# %% ../nbs/80_programs/86_score.ipynb #61aa6516
+def _check_kept(args, keep, columns): # `columns` of a table; None: JSON lines may have any
+    if not keep or not columns: return
+    if missing := [c for c in keep if c not in columns]:
+        raise ConfigError(f'--keep {missing[0]}: {args.input} has no such column; '
+                          f'it has {reprlib.repr(", ".join(columns))}')
+
+# %% ../nbs/80_programs/86_score.ipynb #f7cc83fb
+def _open_table(name, kind, zipped, stack): # (columns, or None for JSON lines; numbered rows)
     opener = gzip.open if zipped else open
     if kind == '.csv':
-        columns, rows = csv_table(stack.enter_context(opener(args.input, 'rt', encoding='utf-8-sig', newline='')), args.input)
-    elif kind == '.parquet': columns, rows = parquet_table(stack.enter_context(open(args.input, 'rb')), args.input)
-    else: return None, numbered_lines(stack.enter_context(opener(args.input, 'rb')))
+        f = stack.enter_context(opener(name, 'rt', encoding='utf-8-sig', newline=''))
+        return csv_table(f, name)
+    if kind == '.parquet': return parquet_table(stack.enter_context(open(name, 'rb')), name)
+    return None, numbered_lines(stack.enter_context(opener(name, 'rb')))
+
+# %% ../nbs/80_programs/86_score.ipynb #ec04c4f4
+def _open_input(args, names, stack): # as `_open_table`
+    name = args.input
+    if name == '-': return None, numbered_lines(sys.stdin.buffer)
+    kind, zipped = Path(name.removesuffix('.gz')).suffix.lower(), name.endswith('.gz')
+    if kind in _NOT_READ or kind == '.parquet' and zipped:
+        raise ConfigError(f'{name}: is not read here; convert it to .jsonl or .csv (or either .gz), or to .parquet')
+    columns, rows = _open_table(name, kind, zipped, stack)
+    if columns is None: return None, rows
     try: form_of(columns, names)
-    except ConfigError as e: raise ConfigError(f'{args.input}: {e}') from None
+    except ConfigError as e: raise ConfigError(f'{name}: {e}') from None
     return columns, rows
 
-# %% ../nbs/80_programs/86_score.ipynb #30a236f7
+# %% ../nbs/80_programs/86_score.ipynb #1ba50b5a
 def _out(args): # the file to write, or None
     if args.out == '-':
         if args.resume: raise ConfigError('--resume goes on with a file; name it with --out')
@@ -100,54 +126,79 @@ def _out(args): # the file to write, or None
         raise ConfigError(f'{out}: exists; add --resume to go on with it, or name another file')
     return out
 
-def _csv_row(columns): # a row -> a line of CSV
+# %% ../nbs/80_programs/86_score.ipynb #30a236f7
+def _csv_row(columns): # a function: row -> a line of CSV
     def as_bytes(row):
         line = io.StringIO()
-        plain = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in row.items() if v is not None}
+        held = {k: v for k, v in row.items() if v is not None}
+        plain = {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in held.items()}
         csv.DictWriter(line, columns, lineterminator='\n').writerow(plain)
         return line.getvalue().encode(errors='backslashreplace')
     return as_bytes
 
-def _sink(out, columns, keep, stack): # (file, what `score_stream` is told of it)
+def _open_csv(out, columns, keep, stack): # (file, how `score_stream` writes to it)
+    if keep is None and columns is None:
+        raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
+    kept = [c for c in (columns if keep is None else keep) if c not in ('id', *OWN)]
+    header = ['line', 'id', *kept, 'reward', 'error', 'n_cut']
+    as_bytes = _csv_row(header)
+    f = stack.enter_context(open(out, 'xb'))
+    f.write(as_bytes(dict(zip(header, header))))
+    return f, dict(as_bytes=as_bytes)
+
+# %% ../nbs/80_programs/86_score.ipynb #681b9496
+def _open_again(out, stack): # the same, of a file that was cut short
+    n_written, tail = whole_rows(out)
+    written = read_pieces(stack.enter_context(open(out, 'rb')))
+    f = stack.enter_context(open(out, 'r+b'))
+    f.seek(-len(tail), os.SEEK_END)     # nothing is cut off before it is known to be ours
+    return f, dict(n_written=n_written, written=written, tail=tail)
+
+def _open_out(out, columns, keep, stack): # the same
     if out is None: return sys.stdout.buffer, {}
-    if out.suffix == '.csv':
-        if keep is None and columns is None:
-            raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')
-        kept = [c for c in (columns if keep is None else keep) if c not in ('id', *OWN)]
-        as_bytes = _csv_row(header := ['line', 'id', *kept, 'reward', 'error', 'n_cut'])
-        sink = stack.enter_context(open(out, 'xb'))
-        sink.write(as_bytes(dict(zip(header, header))))
-        return sink, dict(as_bytes=as_bytes)
-    if not os.path.lexists(out): return stack.enter_context(open(out, 'xb')), {}
-    done, tail = whole_rows(out)
-    had, sink = _pieces(stack.enter_context(open(out, 'rb'))), stack.enter_context(open(out, 'r+b'))
-    sink.seek(-len(tail), os.SEEK_END)     # nothing is cut off before it is known to be ours
-    return sink, dict(done=done, had=had, tail=tail)
+    if out.suffix == '.csv': return _open_csv(out, columns, keep, stack)
+    if os.path.lexists(out): return _open_again(out, stack)
+    return stack.enter_context(open(out, 'xb')), {}
 
 # %% ../nbs/80_programs/86_score.ipynb #2f29bae3
+_MOST_SHOWN = 20      # bad lines
+
+def _count_rows(windows): # (lines, bad lines); shows how far it is
+    n = n_bad = 0
+    with tqdm(disable=None, unit='line') as bar:
+        for rows in windows:
+            for row in rows:
+                if 'error' not in row: continue
+                n_bad += 1
+                if n_bad <= _MOST_SHOWN: tqdm.write(f'line {row["line"]}: {row["error"]}', sys.stderr)
+            n += len(rows)
+            bar.update(len(rows))
+    return n, n_bad
+
+def _summary(n, n_bad, n_allowed):
+    says = f'{n:,} lines, {n - n_bad:,} scored'
+    if n_bad: says += f', {n_bad:,} bad'
+    if n_bad > _MOST_SHOWN: says += f' (the first {_MOST_SHOWN} are shown)'
+    if n_bad and n_allowed > 0: says += f', {n_allowed:,} allowed'
+    return says
+
+# %% ../nbs/80_programs/86_score.ipynb #f8997680
 def _work(args, stack) -> int: # exit code
     out = _out(args)
     if args.token_budget is not None and args.token_budget < 1:
         raise ConfigError(f'--token-budget {args.token_budget}: must be at least 1')
-    names, keep = _columns(args)
-    columns, rows = _source(args, names, stack)
-    if gone := [c for c in keep or () if columns and c not in columns]:
-        raise ConfigError(f'--keep {gone[0]}: {args.input} has no such column; '
-                          f'it has {reprlib.repr(", ".join(columns))}')
+    names, keep = _text_columns(args), _kept_columns(args)
+    columns, lines = _open_input(args, names, stack)
+    _check_kept(args, keep, columns)
     model = load_model(args.model, args.device)
-    sink, how = _sink(out, columns, keep, stack)
-    n = n_bad = 0
-    with tqdm(disable=None, unit='line') as bar:
-        for scored in score_stream(model, rows, sink, **how, names=names, keep=keep, too_long=args.too_long,
-                                   precision=args.precision, token_budget=args.token_budget):
-            for r in scored:
-                if 'error' in r and (n_bad := n_bad + 1) <= 20: tqdm.write(f'line {r["line"]}: {r["error"]}', sys.stderr)
-            n += len(scored)
-            bar.update(len(scored))
-    allowed = args.max_bad_lines if isinstance(args.max_bad_lines, int) else int(args.max_bad_lines*n)
-    bad = f', {n_bad:,} bad' + ' (the first 20 are shown)'*(n_bad > 20) + f', {allowed:,} allowed'*(allowed > 0)
-    print(f'{n:,} lines, {n - n_bad:,} scored' + bad*(n_bad > 0), file=sys.stderr)
-    return 1 if n_bad > allowed else 0
+    f, how = _open_out(out, columns, keep, stack)
+    windows = score_stream(model, lines, f, **how, names=names, keep=keep, too_long=args.too_long,
+                           precision=args.precision, token_budget=args.token_budget)
+    n, n_bad = _count_rows(windows)
+    share = not isinstance(args.max_bad_lines, int)
+    n_allowed = int(args.max_bad_lines*n) if share else args.max_bad_lines
+    print(_summary(n, n_bad, n_allowed), file=sys.stderr)
+    return 1 if n_bad > n_allowed else 0
 
 # %% ../nbs/80_programs/86_score.ipynb #2f325eca
 @program(score_parser, go_on='with --out, go on with --resume')
@@ -156,7 +207,8 @@ def main(args): # 1: a line was bad, or something failed
     try:
         with ExitStack() as stack: return _work(args, stack)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ConfigError(f'{args.input}: the gzip file is cut off or damaged, or none at all ({e}); what was scored before is kept') from None
+        raise ConfigError(f'{args.input}: the gzip file is cut off or damaged, or none at all ({e}); '
+                          'what was scored before is kept') from None
 
 # %% ../nbs/80_programs/86_score.ipynb #57663176
 #| eval: false

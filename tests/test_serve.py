@@ -10,7 +10,7 @@ from test_score import build
 import rlhf_flant5
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.serve import _listen, main, make_server
-from rlhf_flant5.use.gate import FewLines, _named
+from rlhf_flant5.use.gate import FewLines, host_is_allowed
 from rlhf_flant5.use.limits import Limits
 from rlhf_flant5.use.service import ERRORS, make_app, request_kinds
 from rlhf_flant5.data.toy import toy_pairs
@@ -103,7 +103,7 @@ def test_program_refuses_in_one_line(tmp_path, capsys):
     with pytest.raises(ConfigError, match='cannot listen there'): _listen('127.0.0.1', 99999)
 
 
-def test_two_names_are_none(): assert [_named([(b'host', v) for v in names], ['localhost']) for names in ([b'localhost:8'], [b'localhost', b'evil'], [])] == [True, False, False]
+def test_two_names_are_none(): assert [host_is_allowed([(b'host', v) for v in names], ['localhost']) for names in ([b'localhost:8'], [b'localhost', b'evil'], [])] == [True, False, False]
 
 
 def test_interrupted_or_refused_while_it_loads(monkeypatch, capsys):

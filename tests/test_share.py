@@ -18,8 +18,9 @@ from rlhf_flant5.metrics.accuracy import pair_scores, pair_table, write_pair_tab
 from rlhf_flant5.data.dialogue import dialogue
 from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.publish import main, push_to_hub
-from rlhf_flant5.use.card import model_card, read_facts
+from rlhf_flant5.use.card import model_card
 from rlhf_flant5.use.elsewhere import export_backbone, reward_function, rewardbench_entry
+from rlhf_flant5.use.facts import read_facts
 from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer
 
 

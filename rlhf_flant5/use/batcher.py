@@ -20,59 +20,113 @@ class Failed(Exception): "The model gave no reward."
 
 class Batcher:
     "Score texts of many clients together, in the order in which they came."
-    def __init__(self, model:RewardModel, limits:Limits, too_long:str='error', precision:str='fp32', token_budget:int|None=None, wait:float=.002): # wait: seconds for company
-        self.model, self.limits, self.too_long, self.precision, self.wait = model, limits, too_long, precision, wait
-        self.budget = token_budget or TOKENS_AT_ONCE.get(next(model.parameters()).device.type, 4096)
-        self.line, self.thread, self.n_chars, self.n_batches, self.n_scored = asyncio.Queue(), ThreadPoolExecutor(1), 0, 0, 0     # n_chars: of those that wait
+    def __init__(self,
+                 model:RewardModel,
+                 limits:Limits,
+                 too_long:str='error',         # or truncate_left
+                 precision:str='fp32',         # or bf16
+                 token_budget:int|None=None,   # padded tokens at once; None: what suits the device
+                 wait:float=.002               # seconds for company
+                ):
+        self.model, self.limits, self.too_long = model, limits, too_long
+        self.precision, self.wait = precision, wait
+        device = next(model.parameters()).device.type
+        self.token_budget = token_budget or TOKENS_AT_ONCE.get(device, 4096)
+        self.queue = asyncio.Queue()          # of (text, future of its reward)
+        self.n_chars = 0                      # of the texts that wait
+        self.n_batches = self.n_scored = 0
+        self.executor = ThreadPoolExecutor(1)
 
-    async def score(self, texts:list[str]) -> list[float]:
-        "Rewards of dialogues. Raises `Refused` if too many wait, or one is too long."
-        n, size = self.line.qsize(), sum(map(len, texts))
-        if n + len(texts) > self.limits.max_waiting or self.n_chars + size > self.limits.max_waiting_chars: raise Refused(503, f'{n:,} texts of {self.n_chars:,} characters wait; try again')
-        answers = [asyncio.get_running_loop().create_future() for _ in texts]
-        for item in zip(texts, answers): self.line.put_nowait(item)
-        self.n_chars += size
-        try: return await asyncio.gather(*answers)
-        except ConfigError as e: raise Refused(422, f'text {next(i for i, a in enumerate(answers) if a.done() and a.exception())}: {e}') from None
-        finally: [a.cancel() for a in answers]              # of a client that has gone
+    @property
+    def max_chars(self): return 4*self.token_budget       # of a batch; a token has some four letters
+
+# %% ../../nbs/60_use/65_batcher.ipynb #3b8b82ea
+@patch
+def check_room(self:Batcher, texts:list[str]):
+    n, size, limits = self.queue.qsize(), sum(map(len, texts)), self.limits
+    if n + len(texts) > limits.max_waiting or self.n_chars + size > limits.max_waiting_chars:
+        raise Refused(503, f'{n:,} texts of {self.n_chars:,} characters wait; try again')
+
+# %% ../../nbs/60_use/65_batcher.ipynb #f69e4445
+@patch
+async def score(self:Batcher, texts:list[str]) -> list[float]:
+    "Rewards of dialogues. Raises `Refused` if too many wait, or one is too long."
+    self.check_room(texts)
+    loop = asyncio.get_running_loop()
+    answers = [loop.create_future() for _ in texts]
+    for item in zip(texts, answers): self.queue.put_nowait(item)
+    self.n_chars += sum(map(len, texts))
+    try: return await asyncio.gather(*answers)
+    except ConfigError as e:
+        first = next(i for i, a in enumerate(answers) if a.done() and a.exception())
+        raise Refused(422, f'text {first}: {e}') from None
+    finally:
+        for answer in answers: answer.cancel()       # of a client that has gone
 
 # %% ../../nbs/60_use/65_batcher.ipynb #4f2b5f04
 @patch
-async def take(self:Batcher) -> list: # texts that are still wanted, with their futures
-    "Wait for a text, then for others as long as more come, up to the budget; a token has some four letters."
-    batch, seen = [await self.line.get()], -1
-    while self.line.qsize() != seen and self.line.qsize()*len(batch[0][0]) < 4*self.budget: seen = self.line.qsize(); await asyncio.sleep(self.wait)
-    size = len(batch[0][0])
-    while self.line.qsize() and size < 4*self.budget: batch.append(self.line.get_nowait()); size += len(batch[-1][0])
-    self.n_chars -= size
-    return [item for item in batch if not item[1].done()]
-
-# %% ../../nbs/60_use/65_batcher.ipynb #c03ca3de
-def _answer(r): # a reward, or what its client is told in words of HTTP
-    if isinstance(r, float): return r
-    if isinstance(r, NotFinite): return ConfigError('its reward is NaN or infinite; the model cannot score it')
-    return Failed(first_line(r))
+async def wait_for_company(self:Batcher, n_chars:int # of the first text
+                          ):
+    "Wait as long as more texts come, up to what makes a batch."
+    before = None
+    while self.queue.qsize() != before and self.queue.qsize()*n_chars < self.max_chars:
+        before = self.queue.qsize()
+        await asyncio.sleep(self.wait)
 
 @patch
+async def take(self:Batcher) -> list: # texts that are still wanted, with their futures
+    "Wait for a text, then for others, and take as many as the budget holds."
+    first = await self.queue.get()
+    batch, n_chars = [first], len(first[0])
+    await self.wait_for_company(n_chars)
+    while self.queue.qsize() and n_chars < self.max_chars:
+        text, answer = self.queue.get_nowait()
+        batch.append((text, answer))
+        n_chars += len(text)
+    self.n_chars -= n_chars
+    return [(text, answer) for text, answer in batch if not answer.done()]
+
+# %% ../../nbs/60_use/65_batcher.ipynb #c03ca3de
+@patch
+def fit(self:Batcher, ids:list[int]): # the tokens that the model reads, or what is wrong with the text
+    try: return self.model.fit(ids, self.too_long)
+    except ConfigError:
+        return ConfigError(
+            f'too long: {len(ids):,} tokens, the model reads {self.model.config["max_tokens"]:,} at most; '
+            'shorten it (the server was started with --too-long error)')
+
+def _reward_or_error(reward): # what its client is to read
+    if isinstance(reward, float): return reward
+    if isinstance(reward, NotFinite):
+        return ConfigError('its reward is NaN or infinite; the model cannot score it')
+    return Failed(first_line(reward))
+
+# %% ../../nbs/60_use/65_batcher.ipynb #0a3ff9a7
+@patch
 def answer(self:Batcher, texts:list[str]) -> list: # a reward for each, or what is wrong with it
-    out, good = [None]*len(texts), []
-    for i, ids in enumerate(self.model.token_ids(texts)):
-        try: good.append((i, self.model.fit(ids, self.too_long)))
-        except ConfigError: out[i] = ConfigError(f'too long: {len(ids):,} tokens, the model reads {self.model.config["max_tokens"]:,} at most; '
-                                                 'shorten it (the server was started with --too-long error)')
-    score = partial(self.model.rewards_of, token_budget=self.budget, precision=self.precision)
-    for (i, _), r in zip(good, rewards_apart(score, [ids for _, ids in good], Exception)): out[i] = _answer(r)
-    return out
+    fitted = [self.fit(ids) for ids in self.model.token_ids(texts)]
+    good = [ids for ids in fitted if not isinstance(ids, ConfigError)]
+    score = partial(self.model.rewards_of, token_budget=self.token_budget, precision=self.precision)
+    rewards = iter(rewards_apart(score, good, Exception))
+    return [ids if isinstance(ids, ConfigError) else _reward_or_error(next(rewards)) for ids in fitted]
 
 # %% ../../nbs/60_use/65_batcher.ipynb #f226ffc7
+def _deliver(batch, answers): # to the clients that are still there
+    for (_, future), answer in zip(batch, answers):
+        if future.done(): continue
+        if isinstance(answer, Exception): future.set_exception(answer)
+        else: future.set_result(answer)
+
 @patch
 async def work(self:Batcher):
     "Score batch after batch, for ever."
+    loop = asyncio.get_running_loop()
     while True:
         batch = await self.take()
         if not batch: continue
-        try: answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.answer, [text for text, _ in batch])
-        except Exception as e: answers = [Failed(first_line(e))]*len(batch)      # its clients are told; the others' texts still wait
-        self.n_batches += 1; self.n_scored += len(batch)
-        for (_, future), a in zip(batch, answers):
-            if not future.done(): future.set_exception(a) if isinstance(a, Exception) else future.set_result(a)
+        texts = [text for text, _ in batch]
+        try: answers = await loop.run_in_executor(self.executor, self.answer, texts)
+        except Exception as e: answers = [Failed(first_line(e))]*len(batch)    # the others' texts still wait
+        self.n_batches += 1
+        self.n_scored += len(batch)
+        _deliver(batch, answers)

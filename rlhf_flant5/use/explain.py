@@ -6,6 +6,7 @@
 __all__ = ['integrated_gradients', 'read_weights', 'Explanation', 'signed', 'plot_text']
 
 # %% ../../nbs/60_use/62_explain.ipynb #5f600253
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 import matplotlib.pyplot as plt
@@ -21,45 +22,68 @@ from ..models.anatomy import first_position_attention
 from ..models.pooling import WeightedPooling
 from .scorer import RewardModel
 
+# %% ../../nbs/60_use/62_explain.ipynb #576debe5
+def _gauss_legendre(n, x): # places in (0, 1) and their weights, (n, 1, ...) to go with x
+    shape = n, *[1]*x.ndim
+    places, weights = (torch.tensor(v, dtype=x.dtype, device=x.device).view(shape)/2
+                       for v in np.polynomial.legendre.leggauss(n))
+    return places + .5, weights
+
 # %% ../../nbs/60_use/62_explain.ipynb #d14f8e41
 def integrated_gradients(f,                  # (M, ...) -> (M,)
                          x:torch.Tensor,     # where the line ends, (...)
                          x0:torch.Tensor,    # where it begins
                          at_once:int=64      # points in one call of `f`
-                        ) -> tuple[torch.Tensor, float, float]: # effects in the shape of x, f(x) - f(x0), and what their sum misses of it
-    "Integrated gradients by Gauss and Legendre's rule, with twice as many points until the sum is right to 1%, 256 at most (Sundararajan et al. 2017, arXiv:1703.01365)."
+                        ) -> tuple[torch.Tensor, float, float]: # effects as x, f(x) - f(x0), what their sum misses
+    """Integrated gradients by Gauss and Legendre's rule (Sundararajan et al. 2017, arXiv:1703.01365).
+
+    The points are doubled until the sum is right to 1%, to 256 at most."""
     with torch.no_grad(): moved = (f(x[None]) - f(x0[None])).item()
     for n in (8, 16, 32, 64, 128, 256):
-        places, weights = (torch.tensor(v, dtype=x.dtype, device=x.device).view(n, *[1]*x.ndim)/2 for v in np.polynomial.legendre.leggauss(n))
+        places, weights = _gauss_legendre(n, x)
         mean = torch.zeros_like(x)
-        for a, w in zip((places + .5).split(at_once), weights.split(at_once)):
+        for a, w in zip(places.split(at_once), weights.split(at_once)):
             points = (x0 + a*(x - x0)).requires_grad_()
-            mean += (w*torch.autograd.grad(f(points).sum(), points)[0]).sum(0)
-        effects = mean*(x - x0); gap = moved - effects.sum().item()
+            gradient = torch.autograd.grad(f(points).sum(), points)[0]
+            mean += (w*gradient).sum(0)
+        effects = mean*(x - x0)
+        gap = moved - effects.sum().item()
         if abs(gap) <= .01*abs(moved): break
     return effects, moved, gap
 
 # %% ../../nbs/60_use/62_explain.ipynb #97bdd497
-def _embedded(model, x): # rewards from embeddings of texts of one length, (M, L, D) -> (M,)
+def _rewards_of_embeddings(model, x): # of texts of one length, (M, L, D) -> (M,)
     ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-    hook = model.backbone.transformer.encoder.embed_tokens.register_forward_hook(lambda *_: x.flatten(0, 1))
+    embed = model.backbone.transformer.encoder.embed_tokens
+    hook = embed.register_forward_hook(lambda *_: x.flatten(0, 1))
     try: return model(ones, ones)
     finally: hook.remove()
 
-def _states(features): return torch.stack(features[0], 1)[0] if isinstance(features, tuple) else features[0]     # of one text, a row a block
-def _from_states(model, x): return model.readout(([*x.unbind(1)], x.new_ones(x.shape[0], x.shape[2])) if model.n_token_blocks else x)
+def _block_states(features): # of one text, a row a block
+    return torch.stack(features[0], 1)[0] if isinstance(features, tuple) else features[0]
 
+def _rewards_of_states(model, x): # of texts of one length, (M, K, ...) -> (M,)
+    if not model.n_token_blocks: return model.readout(x)
+    n, length = x.shape[0], x.shape[2]
+    return model.readout(([*x.unbind(1)], x.new_ones(n, length)))
+
+# %% ../../nbs/60_use/62_explain.ipynb #62275081
 @torch.no_grad()
 def read_weights(model:RewardModel,
                  ids:torch.Tensor, # one text, (L,)
                  features          # what the readout reads of it
                 ) -> tuple[torch.Tensor, torch.Tensor]: # of tokens in each block that is read, (K, L); of blocks, (K,)
-    "The weights that a readout reads with; where it reads a first position, tokens have those of the backbone's attention."
+    """The weights that a readout reads with.
+
+    Where it reads a first position, tokens have those of the backbone's attention."""
     pool = getattr(model, 'block_pool', None)
     if not model.n_token_blocks:
-        return first_position_attention(model, ids)[-model.n_blocks:], torch.ones(1) if pool is None else pool.weights(features)[0]
-    tokens = torch.cat([p.weights(h, features[1]) for p, h in zip(model.token_pools, features[0])])
-    return tokens, pool.weight if isinstance(pool, WeightedPooling) else pool.weights(model.pool_tokens(features))[0]
+        tokens = first_position_attention(model, ids)[-model.n_blocks:]
+        return tokens, torch.ones(1) if pool is None else pool.weights(features)[0]
+    states, mask = features
+    tokens = torch.cat([p.weights(h, mask) for p, h in zip(model.token_pools, states)])
+    if isinstance(pool, WeightedPooling): return tokens, pool.weight
+    return tokens, pool.weights(model.pool_tokens(features))[0]
 
 # %% ../../nbs/60_use/62_explain.ipynb #58b32a79
 @dataclass
@@ -93,21 +117,48 @@ def table(self:Explanation) -> pd.DataFrame:
     return pd.DataFrame(dict(token=self.tokens, read=self.read, moved=self.token_effects))
 
 def _title(e): return f'reward {e.reward:+.2f}, {e.blank_reward:+.2f} with a blank response'
-def _shown(e): return e.table.assign(read=[f'{r:.1%}' for r in e.read], moved=[signed(v) for v in e.token_effects])
+
+def _as_text(e): # the table with its numbers as they are shown
+    return e.table.assign(read=[f'{r:.1%}' for r in e.read], moved=[signed(v) for v in e.token_effects])
 
 @patch
-def __repr__(self:Explanation): return f'{_title(self)}\n{_shown(self).to_string()}'
+def __repr__(self:Explanation): return f'{_title(self)}\n{_as_text(self).to_string()}'
 
 @patch
-def _repr_html_(self:Explanation): return f'<p>{_title(self)}</p>{_shown(self).to_html()}'
+def _repr_html_(self:Explanation): return f'<p>{_title(self)}</p>{_as_text(self).to_html()}'
 
 # %% ../../nbs/60_use/62_explain.ipynb #c2837da8
+def _n_shared(whole, prompt): # tokens of the prompt, without its end token, that the whole text begins with
+    for i, (a, b) in enumerate(zip(whole, prompt)):
+        if a != b or i == len(prompt) - 1: return i
+
 def _with_blank(model, text, too_long): # token ids of a dialogue and of the same with a blank response, (L,)
-    mark = '\n\nAssistant:'; whole, prompt = model.token_ids([text, text[:text.rindex(mark) + len(mark)]])
-    n_prompt = next(i for i, (a, b) in enumerate(zip(whole, prompt)) if a != b or i == len(prompt) - 1)      # without its end token
-    ids = torch.tensor(model.fit(whole, too_long), device=next(model.parameters()).device); blank = ids.clone()
-    blank[max(n_prompt - len(whole) + len(ids), 0):-1] = model.tokenizer.pad_token_id
+    mark = '\n\nAssistant:'
+    whole, prompt = model.token_ids([text, text[:text.rindex(mark) + len(mark)]])
+    fitted = model.fit(whole, too_long)
+    n_cut = len(whole) - len(fitted)
+    ids = torch.tensor(fitted, device=next(model.parameters()).device)
+    blank = ids.clone()
+    blank[max(_n_shared(whole, prompt) - n_cut, 0):-1] = model.tokenizer.pad_token_id
     return ids, blank
+
+# %% ../../nbs/60_use/62_explain.ipynb #b713d889
+@contextmanager
+def _open_to_gradients(model): # in the mode of evaluation; what was set is put back
+    training, trained = model.training, model.backbone.trained
+    model.eval()
+    model.backbone.trained = True        # subtle: a frozen backbone would cut the way to the embeddings
+    try: yield
+    finally:
+        model.train(training)
+        model.backbone.trained = trained
+
+def _names_of_blocks(model, n): # of the last n
+    stack = 'decoder' if model.reads_decoder else 'encoder'
+    last = model.count_blocks(stack, None)
+    return [f'{stack} {i}' for i in range(last - n + 1, last + 1)]
+
+def _array(t): return t.detach().cpu().double().numpy()
 
 # %% ../../nbs/60_use/62_explain.ipynb #07ff2511
 @patch
@@ -118,62 +169,88 @@ def explain(self:RewardModel,
            ) -> Explanation:
     "What the reward of one text was read from, and what moved it. Raises `ConfigError` as `score` does."
     ids, blank = _with_blank(self, dialogue(text, response), too_long)
-    embed, was, trained = self.backbone.transformer.encoder.embed_tokens, self.training, self.backbone.trained
-    self.eval(); self.backbone.trained = True        # subtle: a frozen backbone would cut the way to the embeddings
-    try:
+    embed = self.backbone.transformer.encoder.embed_tokens
+    with _open_to_gradients(self):
         with torch.no_grad():
-            features, blank_features = (self.features(self.states(t[None], torch.ones_like(t[None]))) for t in (ids, blank))
-            base = self(features=blank_features).item()
-        by_token, moved, gap = integrated_gradients(partial(_embedded, self), embed(ids).detach(), embed(blank).detach(), max(4096//len(ids), 1))
-        by_block, _, block_gap = integrated_gradients(partial(_from_states, self), _states(features), _states(blank_features))
-        weights = read_weights(self, ids, features)
-    finally: self.train(was); self.backbone.trained = trained
-    stack = 'decoder' if self.reads_decoder else 'encoder'; n = self.count_blocks(stack, None)
-    to = lambda t: t.detach().cpu().double().numpy()
-    return Explanation(self.tokenizer.convert_ids_to_tokens(ids.tolist()), base + moved, base, [f'{stack} {i}' for i in range(n - len(by_block) + 1, n + 1)], *map(to, weights),
-                       to(by_token.sum(-1)), to(by_block.flatten(1).sum(1)), (gap, block_gap))
+            features, blank_features = (self.features(self.states(t[None], torch.ones_like(t[None])))
+                                        for t in (ids, blank))
+            blank_reward = self(features=blank_features).item()
+        by_token, moved, token_gap = integrated_gradients(
+            partial(_rewards_of_embeddings, self), embed(ids).detach(), embed(blank).detach(), max(4096//len(ids), 1))
+        by_block, _, block_gap = integrated_gradients(
+            partial(_rewards_of_states, self), _block_states(features), _block_states(blank_features))
+        token_weights, block_weights = read_weights(self, ids, features)
+    return Explanation(
+        tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+        reward=blank_reward + moved,
+        blank_reward=blank_reward,
+        blocks=_names_of_blocks(self, len(by_block)),
+        token_weights=_array(token_weights),
+        block_weights=_array(block_weights),
+        token_effects=_array(by_token.sum(-1)),
+        block_effects=_array(by_block.flatten(1).sum(1)),
+        gaps=(token_gap, block_gap))
 
 # %% ../../nbs/60_use/62_explain.ipynb #533ee9f1
 def _lines(tokens, width): # (line, column, what is written) of each token
-    places, line, col = [], 0, 0
-    for t in tokens:
-        fresh = '\n' in t or t in ('▁Human', '▁Assistant'); t = t.replace('▁', ' ').replace('\n', '')      # T5 reads a line's end as a blank
-        if (fresh and places) or col + len(t) > width: line, col = line + 1, 0
-        t = (t if col else t.lstrip()) or '·'
-        places.append((line, col, t)); col += len(t)
+    places, line, column = [], 0, 0
+    for token in tokens:
+        new_turn = '\n' in token or token in ('▁Human', '▁Assistant')      # T5 reads a line's end as a blank
+        text = token.replace('▁', ' ').replace('\n', '')
+        if (new_turn and places) or column + len(text) > width: line, column = line + 1, 0
+        text = (text if column else text.lstrip()) or '·'
+        places.append((line, column, text))
+        column += len(text)
     return places
 
-def plot_text(ax, tokens:list[str], values:np.ndarray, cmap:str, low:float, high:float, width:int=108 # in letters
+# %% ../../nbs/60_use/62_explain.ipynb #f3181a70
+def plot_text(ax,
+              tokens:list[str],
+              values:np.ndarray,
+              cmap:str,
+              low:float,
+              high:float,
+              width:int=108 # in letters
              ): # the scale of colours, for `fig.colorbar`
     "Tokens as running text, each on the colour of its value."
     places, scale = _lines(tokens, width), ScalarMappable(plt.Normalize(low, high), cmap)
-    for (line, col, t), color in zip(places, scale.to_rgba(values)):
+    for (line, column, text), color in zip(places, scale.to_rgba(values)):
         ink = 'white' if color[:3] @ [.3, .59, .11] < .45 else 'black'
-        ax.add_patch(plt.Rectangle((col, line), len(t), .94, color=color, lw=0))
-        ax.text(col, line + .5, t, family='monospace', fontsize=7.2, va='center', parse_math=False, color=ink)
+        ax.add_patch(plt.Rectangle((column, line), len(text), .94, color=color, lw=0))
+        ax.text(column, line + .5, text, family='monospace', fontsize=7.2, va='center', parse_math=False, color=ink)
     ax.set(xlim=(0, width), ylim=(places[-1][0] + 1, 0))
     ax.axis('off')
     return scale
 
 # %% ../../nbs/60_use/62_explain.ipynb #02989e1b
-def _plot_texts(fig, top, mid, e, most): # what was read and what it moved, with their scales
-    tokens, read, effects = e.tokens[-most:], e.read[-most:], e.token_effects[-most:]
-    n, end = len(tokens), max(np.abs(effects).max(), 1e-9)
-    scales = (plot_text(top, tokens, read, 'Blues', 0, max(read.max(), 4/n)),
-              plot_text(mid, tokens, effects, 'PuOr', -end, end))
-    top.set_title(f'read from: {n} of {len(e.tokens)} tokens' if n < len(e.tokens) else f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
-    mid.set_title(f'what moved it: from {signed(e.blank_reward)} with a blank response to {signed(e.reward)}')
-    for ax, scale, label, form in ((top, scales[0], 'weight', lambda v, _: f'{v:.0%}'),
-                                   (mid, scales[1], 'change', lambda v, _: signed(v))):
-        bar = fig.colorbar(scale, ax=ax, fraction=.02, pad=.01, aspect=8, format=form)
-        bar.set_ticks(np.linspace(scale.norm.vmin, scale.norm.vmax, 3))
-        bar.set_label(label, fontsize=7)
-        bar.ax.tick_params(labelsize=7)
+def _add_scale(fig, ax, scale, label, form): # form: a tick's value -> its text
+    bar = fig.colorbar(scale, ax=ax, fraction=.02, pad=.01, aspect=8, format=lambda v, _: form(v))
+    bar.set_ticks(np.linspace(scale.norm.vmin, scale.norm.vmax, 3))
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
 
+# %% ../../nbs/60_use/62_explain.ipynb #7eaa0552
+def _plot_read(fig, ax, e, most): # the text by what was read
+    tokens, read = e.tokens[-most:], e.read[-most:]
+    n = len(tokens)
+    scale = plot_text(ax, tokens, read, 'Blues', 0, max(read.max(), 4/n))
+    if n < len(e.tokens): ax.set_title(f'read from: {n} of {len(e.tokens)} tokens')
+    else: ax.set_title(f'read from: {n} tokens, {read.min():.1%} to {read.max():.1%} each')
+    _add_scale(fig, ax, scale, 'weight', '{:.0%}'.format)
+
+def _plot_moved(fig, ax, e, most): # and by what it moved
+    tokens, effects = e.tokens[-most:], e.token_effects[-most:]
+    end = max(np.abs(effects).max(), 1e-9)
+    scale = plot_text(ax, tokens, effects, 'PuOr', -end, end)
+    ax.set_title(f'what moved it: from {signed(e.blank_reward)} with a blank response to {signed(e.reward)}')
+    _add_scale(fig, ax, scale, 'change', signed)
+
+# %% ../../nbs/60_use/62_explain.ipynb #034fe3d2
 def _plot_blocks(left, right, e):
     left.barh(e.blocks, e.block_weights)
     left.set(title='how much of each block is read', xlabel='weight')
-    right.barh(e.blocks, e.block_effects, color=['#5e3c99' if v > 0 else '#e66101' for v in e.block_effects])
+    colors = ['#5e3c99' if v > 0 else '#e66101' for v in e.block_effects]
+    right.barh(e.blocks, e.block_effects, color=colors)
     right.axvline(0, color='gray', lw=.8)
     right.set(title='what each block moved', xlabel='change of the reward')
     right.set_yticks([])
@@ -184,13 +261,16 @@ def _plot_blocks(left, right, e):
 def plot(self:Explanation, most:int=400 # tokens, from the end
         ): # a figure, which a notebook draws where it is a cell's value
     "The text by what was read and by what it moved, and the blocks the same way."
-    height = .19*(_lines(self.tokens[-most:], 108)[-1][0] + 1) + .25
+    n_lines = _lines(self.tokens[-most:], 108)[-1][0] + 1
+    text = .19*n_lines + .25                   # heights, in inches
     blocks = 1 + .22*len(self.blocks)
-    fig, ax = figure(width=7.6, height=2*height + blocks + .1)
+    fig, ax = figure(width=7.6, height=2*text + blocks + .1)
     ax.remove()
-    top, mid, left, right = fig.subplot_mosaic([['a', 'a'], ['b', 'b'], ['c', 'd']], height_ratios=[height, height, blocks]).values()
-    _plot_texts(fig, top, mid, self, most)
-    _plot_blocks(left, right, self)
+    axes = fig.subplot_mosaic([['read', 'read'], ['moved', 'moved'], ['weights', 'effects']],
+                              height_ratios=[text, text, blocks])
+    _plot_read(fig, axes['read'], self, most)
+    _plot_moved(fig, axes['moved'], self, most)
+    _plot_blocks(axes['weights'], axes['effects'], self)
     plt.close(fig)      # subtle: what pyplot holds on to, a notebook draws once more
     return fig
 

@@ -9,7 +9,7 @@ __all__ = ['Limits', 'Refused']
 from dataclasses import dataclass, field
 
 # %% ../../nbs/60_use/63a_limits.ipynb #9c5de8ea
-def _limit(default, said): return field(default=default, metadata=dict(help=said))
+def _limit(default, help): return field(default=default, metadata=dict(help=help))
 
 @dataclass
 class Limits:
@@ -19,9 +19,14 @@ class Limits:
     max_waiting: int = _limit(4096, 'texts that wait, of all clients')
     max_waiting_chars: int = _limit(2**24, 'characters in these texts')
     max_clients: int = _limit(1000, 'connections')
-    max_seconds: float = _limit(60., 'seconds for the head of a request to arrive, for its body, and again for the answer')
+    max_seconds: float = _limit(
+        60., 'seconds for the head of a request to arrive, for its body, and again for the answer')
 
 # %% ../../nbs/60_use/63a_limits.ipynb #a867f442
 class Refused(Exception):
     "A request that is not answered, with its status."
-    def __init__(self, status:int, said:str): self.status, self.said = status, said
+    def __init__(self,
+                 status:int,   # of HTTP
+                 detail:str    # what was seen, the rule, the remedy
+                ):
+        self.status, self.detail = status, detail

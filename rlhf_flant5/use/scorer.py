@@ -9,7 +9,7 @@ __all__ = ['TOO_LONG', 'TOKENS_AT_ONCE', 'WINDOW', 'NotFinite', 'dialogues', 'lo
 import itertools, reprlib, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import numpy as np
 import pandas as pd
 import torch
@@ -34,9 +34,12 @@ def token_ids(self:RewardModel,
               texts:list[str] # dialogues
              ) -> list[list[int]]: # token ids of each text, whole
     "Texts as the model reads them. Raises `ConfigError` for a model without a tokenizer."
-    if getattr(self, 'tokenizer', None) is None: raise ConfigError('the model has no tokenizer; load it with RewardModel.from_pretrained, or set model.tokenizer and model.config')
+    if getattr(self, 'tokenizer', None) is None:
+        raise ConfigError('the model has no tokenizer; load it with RewardModel.from_pretrained, '
+                          'or set model.tokenizer and model.config')
     return encode(self.tokenizer, texts) if texts else []
 
+# %% ../../nbs/60_use/61_scorer.ipynb #0ec7f97c
 @patch
 def fit(self:RewardModel,
         ids:list[int],          # of one text
@@ -45,13 +48,37 @@ def fit(self:RewardModel,
     "A text of a length that the model knows. Raises `ConfigError` for one that is too long."
     if too_long not in TOO_LONG: raise ConfigError(f'too_long={too_long!r}: must be one of {", ".join(TOO_LONG)}')
     most = self.config.get('max_tokens') or len(ids)                # a model that was saved by hand may have no bound
-    if len(ids) > most and too_long == 'error': raise ConfigError(f'{len(ids):,} tokens, the model was trained on at most {most:,}; shorten the text, or take too_long=\'truncate_left\', which keeps its end')
+    if len(ids) > most and too_long == 'error':
+        raise ConfigError(f'{len(ids):,} tokens, the model was trained on at most {most:,}; '
+                          "shorten the text, or take too_long='truncate_left', which keeps its end")
     return ids[-most:]
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e97efa44
 TOKENS_AT_ONCE = dict(cpu=4096, cuda=65536)   # more brings no speed
 
 class NotFinite(ConfigError): "A reward that is NaN or infinite."
+
+# %% ../../nbs/60_use/61_scorer.ipynb #d2092705
+def _different(ids): # the texts without repeats, and the place of each text among them
+    places = {}
+    where = [places.setdefault(tuple(text), len(places)) for text in ids]
+    return [*places], np.array(where, dtype=int)
+
+@contextmanager
+def _inference(model, device, precision): # without dropout and gradients
+    training = model.training
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == 'bf16' else nullcontext()
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast: yield
+    finally: model.train(training)
+
+def _reward_batches(model, texts, device, budget): # (rows, their rewards), a batch at a time
+    lengths = np.array([len(text) for text in texts])
+    for rows in cut_by_budget(lengths, 2*budget, len(texts)):   # which counts pairs
+        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id)
+        batch = {k: v.to(device) for k, v in batch.items()}
+        yield rows, model(**batch).cpu().numpy()
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e97efa45
 @patch
@@ -63,67 +90,97 @@ def rewards_of(self:RewardModel,
               ) -> np.ndarray: # (n,), float32
     "Rewards of tokenized texts. Raises `NotFinite`, a `ConfigError`, for a reward that is NaN or infinite."
     if precision not in ('fp32', 'bf16'): raise ConfigError(f'precision={precision!r}: must be fp32 or bf16')
-    device, was, place = next(self.parameters()).device, self.training, {}
-    where = np.array([place.setdefault(tuple(t), len(place)) for t in ids], dtype=int)          # equal texts share a place
-    unique, out, count = [*place], np.zeros(len(place), np.float32), np.bincount(where, minlength=len(place))
-    self.eval()
+    device = next(self.parameters()).device
+    budget = token_budget or TOKENS_AT_ONCE.get(device.type, 4096)
+    texts, where = _different(ids)
+    times = np.bincount(where, minlength=len(texts))
+    rewards = np.zeros(len(texts), np.float32)
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16) if precision == 'bf16' else nullcontext():
-            for rows in cut_by_budget(np.array([len(t) for t in unique]), 2*(token_budget or TOKENS_AT_ONCE.get(device.type, 4096)), len(unique)):   # which counts pairs
-                batch = pad_ids([unique[i] for i in rows], self.tokenizer.pad_token_id)
-                out[rows] = self(**{k: v.to(device) for k, v in batch.items()}).cpu().numpy(); done(int(count[rows].sum()))
-    except torch.OutOfMemoryError: raise ConfigError(f'{token_budget or TOKENS_AT_ONCE.get(device.type, 4096):,} tokens at once do not fit into the memory of {device}; take half as many (token_budget)') from None
-    finally: self.train(was)
-    if not np.isfinite(out).all(): raise NotFinite(f'{(~np.isfinite(out)).sum():,} of {len(out):,} rewards are NaN or infinite; take precision=\'fp32\', or another model')
-    return out[where]
+        with _inference(self, device, precision):
+            for rows, batch in _reward_batches(self, texts, device, budget):
+                rewards[rows] = batch
+                done(int(times[rows].sum()))
+    except torch.OutOfMemoryError:
+        raise ConfigError(f'{budget:,} tokens at once do not fit into the memory of {device}; '
+                          'take half as many (token_budget)') from None
+    if n_bad := (~np.isfinite(rewards)).sum():
+        raise NotFinite(f'{n_bad:,} of {len(rewards):,} rewards are NaN or infinite; '
+                        "take precision='fp32', or another model")
+    return rewards[where]
 
 # %% ../../nbs/60_use/61_scorer.ipynb #46d10658
 WINDOW = 4096        # texts that are sorted by length together
 
-def _one(x): return isinstance(x, str) or isinstance(x, list) and len(x) > 0 and isinstance(x[0], dict)     # a text or messages, not a list of them
+def _one(x): # a text or messages, not a list of them
+    return isinstance(x, str) or isinstance(x, list) and len(x) > 0 and isinstance(x[0], dict)
 
-def dialogues(texts, responses=None):
-    "Yield the dialogues behind the arguments of `score`; one prompt goes with each of several responses. Raises `ConfigError` with the number of the text."
+def _rows(texts, responses): # (text,) or (prompt, response) of each dialogue
+    if responses is None: return zip([texts] if _one(texts) else texts)
     if _one(responses): responses = [responses]
-    rows = zip([texts] if _one(texts) else texts) if responses is None else zip(itertools.repeat(texts), responses) if _one(texts) else zip(texts, responses, strict=True)
+    if _one(texts): return zip(itertools.repeat(texts), responses)
+    return zip(texts, responses, strict=True)
+
+# %% ../../nbs/60_use/61_scorer.ipynb #28c1f543
+def dialogues(texts, responses=None):
+    """Yield the dialogues that the arguments of `score` stand for; one prompt goes with each of several responses.
+
+    Raises `ConfigError` with the number of the text."""
+    rows = _rows(texts, responses)
     for i in itertools.count():
         try: row = next(rows)
         except StopIteration: return
-        except ValueError: raise ConfigError(f'prompts and responses are not as many: one of them ends after {i:,}; give one response for each prompt') from None
+        except ValueError:
+            raise ConfigError(f'prompts and responses are not as many: one of them ends after {i:,}; '
+                              'give one response for each prompt') from None
         try: yield dialogue(*row)
         except ConfigError as e: raise ConfigError(f'text {i}: {e}') from None
+
+# %% ../../nbs/60_use/61_scorer.ipynb #bc95e783
+def _n_texts(texts, responses): # None if nothing says it
+    sizes = [len(x) for x in (texts, responses) if hasattr(x, '__len__') and not _one(x)]
+    return max(sizes, default=None)
+
+def _fit_all(model, ids, too_long, first): # `first`: the number of the first text, for a message
+    fitted = []
+    for i, text in enumerate(ids, first):
+        try: fitted.append(model.fit(text, too_long))
+        except ConfigError as e: raise ConfigError(f'text {i}: {e}') from None
+    return fitted
 
 # %% ../../nbs/60_use/61_scorer.ipynb #d92eb737
 @patch
 def score(self:RewardModel,
-          texts:str|Iterable,                  # dialogues (or messages); with `responses` the prompts: plain questions, dialogues or messages
-          responses:str|Iterable|None=None,    # one for each prompt; or several for a single prompt
-          *, too_long:str='error',             # a text beyond the model's `max_tokens`: `error`, or `truncate_left` to keep its end
-          token_budget:int|None=None,          # padded tokens at once; None: what suits the device
-          precision:str='fp32',                # or bf16
-          progress:bool=False                  # show a bar
+          texts:str|Iterable,                # dialogues or messages; with `responses` the prompts, or plain questions
+          responses:str|Iterable|None=None,  # one for each prompt; or several for a single prompt
+          *, too_long:str='error',           # beyond `max_tokens`: `error`, or `truncate_left` to keep the end
+          token_budget:int|None=None,        # padded tokens at once; None: what suits the device
+          precision:str='fp32',              # or bf16
+          progress:bool=False                # show a bar
          ) -> np.ndarray|float: # rewards in the order given, (n,), float32; a float for a single text
     "Rewards of texts. Raises `ConfigError` for one that can't be scored."
-    found, single, n, n_cut, out = dialogues(texts, responses), _one(texts if responses is None else responses), 0, 0, [np.zeros(0, np.float32)]
-    sizes = [len(x) for x in (texts, responses) if hasattr(x, '__len__') and not _one(x)]
-    with tqdm(total=1 if single else max(sizes, default=None), disable=not progress, unit='text') as bar:
-        for window in iter(lambda: [*itertools.islice(found, WINDOW)], []):
-            fitted = []
-            for t in self.token_ids(window):
-                try: fitted.append(self.fit(t, too_long))
-                except ConfigError as e: raise ConfigError(f'text {n + len(fitted)}: {e}') from None
-                n_cut += len(t) > len(fitted[-1])
-            out.append(self.rewards_of(fitted, token_budget, precision, bar.update)); n += len(fitted)
-    if n_cut: warnings.warn(f'{n_cut:,} of {n:,} texts were longer than {self.config["max_tokens"]:,} tokens; of each the end was scored', stacklevel=2)
-    out = np.concatenate(out)
-    return float(out[0]) if single else out
+    single = _one(texts if responses is None else responses)
+    found = dialogues(texts, responses)
+    rewards, n, n_cut = [np.zeros(0, np.float32)], 0, 0
+    with tqdm(total=1 if single else _n_texts(texts, responses), disable=not progress, unit='text') as bar:
+        while window := [*itertools.islice(found, WINDOW)]:
+            ids = self.token_ids(window)
+            fitted = _fit_all(self, ids, too_long, n)
+            rewards.append(self.rewards_of(fitted, token_budget, precision, bar.update))
+            n += len(window)
+            n_cut += sum(len(fit) < len(whole) for fit, whole in zip(fitted, ids))
+    if n_cut:
+        warnings.warn(f'{n_cut:,} of {n:,} texts were longer than {self.config["max_tokens"]:,} tokens; '
+                      'of each the end was scored', stacklevel=2)
+    rewards = np.concatenate(rewards)
+    return float(rewards[0]) if single else rewards
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e95cceb0
 @patch(as_prop=True)
 def temperature(self:RewardModel) -> float:
     "What a margin is divided by before it becomes a probability."
     if 'temperature' in self.config: return self.config['temperature']
-    warnings.warn('the model holds no temperature, so T = 1 is taken and the probability is not calibrated; train it anew, or set model.config["temperature"]', stacklevel=3)
+    warnings.warn('the model holds no temperature, so T = 1 is taken and the probability is not calibrated; '
+                  'train it anew, or set model.config["temperature"]', stacklevel=3)
     return 1.
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e95cceb1
@@ -160,7 +217,8 @@ def compare(self:RewardModel,
     a, b = ([x] if single else [*x] for x in (a, b))
     if len(a) != len(b): raise ConfigError(f'{len(a):,} to compare with {len(b):,}; give as many')
     _same_prompts(a, b)
-    rewards = self.score([dialogue(*x) if _pair(x) else x for x in a + b], **kwargs).astype(np.float64)
+    texts = [dialogue(*x) if _pair(x) else x for x in a + b]
+    rewards = self.score(texts, **kwargs).astype(np.float64)
     p = expit((rewards[:len(a)] - rewards[len(a):])/self.temperature)
     return float(p[0]) if single else p
 
@@ -171,26 +229,34 @@ def rank(self:RewardModel,
          responses:Iterable[str],
          **kwargs                  # of `score`
         ) -> pd.DataFrame: # best first: response, reward, share, index (its place in `responses`)
-    "Responses to one prompt in the order of their rewards; equal ones keep theirs. Raises `ConfigError` as `score` does."
+    """Responses to one prompt in the order of their rewards; equal ones keep theirs.
+
+    Raises `ConfigError` as `score` does."""
     responses = [*responses]
     if not responses: raise ConfigError('no response to rank; give one at least')
     rewards = self.score(prompt, responses, **kwargs)
-    table = pd.DataFrame(dict(response=responses, reward=rewards, share=softmax(rewards.astype(np.float64)/self.temperature), index=range(len(responses))))
+    share = softmax(rewards.astype(np.float64)/self.temperature)
+    table = pd.DataFrame(dict(response=responses, reward=rewards, share=share, index=range(len(responses))))
     return table.sort_values('reward', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../../nbs/60_use/61_scorer.ipynb #f19084d3
 @patch
 def best_of_n(self:RewardModel,
-              prompt:str|list[dict],                 # a plain question, a dialogue or messages; handed to `generate` as it is
+              prompt:str|list[dict],                 # as `rank` takes it; handed to `generate` as it is
               generate:Callable[..., list[str]],     # generate(prompt, n) -> n responses
               n:int,
               **kwargs                               # of `score`
-             ) -> tuple[str, pd.DataFrame]: # the best response; all different ones as `rank` gives them, with the times each was drawn, n_drawn
-    "The best of n sampled responses. Raises `ConfigError` if the sampler doesn't give n texts, and as `score` does."
+             ) -> tuple[str, pd.DataFrame]: # the best response; all different ones as `rank` gives them, with n_drawn
+    """The best of n sampled responses; `n_drawn` says how often each was drawn.
+
+    Raises `ConfigError` if the sampler doesn't give n texts, and as `score` does."""
     drawn = generate(prompt, n)
-    if not isinstance(drawn, list) or len(drawn) != n or n < 1 or not all(isinstance(r, str) for r in drawn):
-        raise ConfigError(f'generate(prompt, {n}) gave {reprlib.repr(drawn)}; it must return a list of n texts, n at least 1')
-    times = Counter(drawn); ranking = self.rank(prompt, times, **kwargs)
+    n_texts = isinstance(drawn, list) and len(drawn) == n and all(isinstance(r, str) for r in drawn)
+    if n < 1 or not n_texts:
+        raise ConfigError(f'generate(prompt, {n}) gave {reprlib.repr(drawn)}; '
+                          'it must return a list of n texts, n at least 1')
+    times = Counter(drawn)
+    ranking = self.rank(prompt, times, **kwargs)
     return ranking.response[0], ranking.assign(n_drawn=ranking.response.map(times))
 
 # %% ../../nbs/60_use/61_scorer.ipynb #2099a350
@@ -200,5 +266,6 @@ def load_model(name:str,              # a folder of a model or of a run, or a mo
     "A saved model to score with, not to train. Raises `ConfigError`."
     return RewardModel.from_pretrained(name, device).requires_grad_(False)
 
+# %% ../../nbs/60_use/61_scorer.ipynb #5e16d915
 show_parameters(dialogue, load_model)
 show_parameters(RewardModel.score, RewardModel.compare, RewardModel.rank, RewardModel.best_of_n)

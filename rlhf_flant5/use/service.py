@@ -23,12 +23,13 @@ from .. import __version__
 from ..core.files import ConfigError
 from ..data.dialogue import dialogue
 from .batcher import Batcher, Failed
-from .gate import _told, Gate
+from .gate import error_answer, Gate
 from .limits import Limits, Refused
 from .scorer import RewardModel
 
 # %% ../../nbs/60_use/66_service.ipynb #59694b4f
-class Strict(BaseModel): model_config = ConfigDict(extra='forbid', strict=True)
+class Strict(BaseModel): # nothing but its fields, and no text for a number
+    model_config = ConfigDict(extra='forbid', strict=True)
 
 class Message(Strict):
     role: str = Field(description='system, user or assistant', max_length=20)
@@ -36,7 +37,9 @@ class Message(Strict):
 
 Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 
-class ScoreAnswer(BaseModel): rewards: list[float] = Field(description='in the order of the request; they compare within a prompt')
+# %% ../../nbs/60_use/66_service.ipynb #158ba3ad
+class ScoreAnswer(BaseModel):
+    rewards: list[float] = Field(description='in the order of the request; they compare within a prompt')
 
 class CompareAnswer(BaseModel):
     probability: float = Field(description='that a is preferred to b')
@@ -53,14 +56,17 @@ class RankAnswer(BaseModel):
     ranking: list[Ranked] = Field(description='the best first')
     temperature: float
 
-class ErrorAnswer(BaseModel): error: str = Field(description='one line')
+class ErrorAnswer(BaseModel):
+    error: str = Field(description='one line')
 
 # %% ../../nbs/60_use/66_service.ipynb #dce638c6
 def request_kinds(most:int # texts in a request
                  ) -> tuple: # ScoreRequest, CompareRequest, RankRequest
-    "What may be asked. A list is read to its first fault and to its `most`-th item, no further: a million faults would be a million messages."
+    "What may be asked. A list is read to its first fault and to its `most`-th item, no further."
+    # subtle: without `fail_fast`, a million faults would be a million messages
     bounds = Field(min_length=1, max_length=most, fail_fast=True)
-    Texts, Prompts = Annotated[list[str], bounds], Annotated[list[str | Messages], bounds]
+    Texts = Annotated[list[str], bounds]
+    Prompts = Annotated[list[str | Messages], bounds]
 
     class ScoreRequest(Strict):
         "A dialogue in `text`, several in `texts`, or one as `messages`; or `prompt` with `response` or `responses`; or `prompts` with as many `responses`."
@@ -93,37 +99,48 @@ def _plain(x): # messages as dictionaries
 def _dialogues(rows, limits): # (prompt, response) pairs, or (text,)
     if len(rows) > limits.max_texts:
         raise Refused(422, f'{len(rows):,} texts, {limits.max_texts} at most; send fewer at a time')
-    out = []
+    found = []
     for i, row in enumerate(rows):
-        try: out.append(dialogue(*row))
+        try: found.append(dialogue(*row))
         except ConfigError as e: raise Refused(422, f'text {i}: {e}') from None
-    return out
+    return found
 
-_ROWS = {('text',): lambda text: [(text,)],
-         ('texts',): lambda texts: [(t,) for t in texts],
-         ('messages',): lambda messages: [(messages,)],
-         ('prompt', 'response'): lambda prompt, response: [(prompt, response)],
-         ('prompt', 'responses'): lambda prompt, responses: [(prompt, r) for r in responses],
-         ('prompts', 'responses'): lambda prompts, responses: [*zip(prompts, responses)]}
+# %% ../../nbs/60_use/66_service.ipynb #0cfbc933
+_ROWS = { # the fields of a request -> its rows
+    ('text',): lambda text: [(text,)],
+    ('texts',): lambda texts: [(t,) for t in texts],
+    ('messages',): lambda messages: [(messages,)],
+    ('prompt', 'response'): lambda prompt, response: [(prompt, response)],
+    ('prompt', 'responses'): lambda prompt, responses: [(prompt, r) for r in responses],
+    ('prompts', 'responses'): lambda prompts, responses: [*zip(prompts, responses)]}
 
-def _asked(q, limits) -> list[str]: # dialogues of a ScoreRequest
-    given = {k: _plain(v) for k, v in q if v is not None}
-    if tuple(given) not in _ROWS:
-        raise Refused(422, f'the request has {", ".join(given) or "nothing to score"}; '
-                           f'give {"; or ".join(" and ".join(form) for form in _ROWS)}')
+_FORMS = '; or '.join(' and '.join(names) for names in _ROWS)
+
+# %% ../../nbs/60_use/66_service.ipynb #d3afb9cb
+def _requested(q, limits) -> list[str]: # dialogues of a ScoreRequest
+    given = {name: _plain(value) for name, value in q if value is not None}
+    to_rows = _ROWS.get(tuple(given))
+    if not to_rows:
+        seen = ', '.join(given) or 'nothing to score'
+        raise Refused(422, f'the request has {seen}; give {_FORMS}')
     if 'prompts' in given and len(q.prompts) != len(q.responses):
-        raise Refused(422, f'{len(q.prompts):,} prompts and {len(q.responses):,} responses; give as many')
-    return _dialogues(_ROWS[tuple(given)](**given), limits)
+        seen = f'{len(q.prompts):,} prompts and {len(q.responses):,} responses'
+        raise Refused(422, f'{seen}; give as many')
+    return _dialogues(to_rows(**given), limits)
 
 # %% ../../nbs/60_use/66_service.ipynb #6044b592
 async def _unless_gone(request, work, seconds):
     "The result of `work`, which is dropped when the client hangs up or time is up."
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())   # the body is read: all that can come is a disconnect
+    work = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(request.receive())     # the body is read: all that can come is a disconnect
     try:
         await asyncio.wait((work, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if work.done(): return work.result()
-        raise Refused(400, 'the client has gone') if gone.done() else Refused(504, f'not done within {seconds:g} seconds; send fewer texts at a time, or try again')
-    finally: work.cancel(); gone.cancel()
+        if gone.done(): raise Refused(400, 'the client has gone')
+        raise Refused(504, f'not done within {seconds:g} seconds; send fewer texts at a time, or try again')
+    finally:
+        work.cancel()
+        gone.cancel()
 
 # %% ../../nbs/60_use/66_service.ipynb #c0623b4f
 _PAGE = '''<!doctype html><title>rlhf_flant5</title><h1>rlhf_flant5: rewards</h1><p>A reward compares responses to one prompt; by itself it says nothing.</p>
@@ -132,19 +149,133 @@ _PAGE = '''<!doctype html><title>rlhf_flant5</title><h1>rlhf_flant5: rewards</h1
 <h2>Limits</h2><table>{limits}</table>
 <p>A text may have {max_tokens} tokens. An error is one line, {{"error": …}}.</p>
 <p>Also: GET <a href="health">/health</a>, GET <a href="metrics">/metrics</a> for Prometheus, and all of it in full for any OpenAPI viewer or generator: <a href="openapi.json">openapi.json</a></p>'''
+
+# %% ../../nbs/60_use/66_service.ipynb #59dd28f7
 _EXAMPLES = dict(
     score=dict(prompt='Where is Ghana?', responses=['It is in Africa.', 'It is in Asia.']),
     compare=dict(prompt='Where is Ghana?', a='It is in Africa.', b='It is in Asia.'),
     rank=dict(prompt=[dict(role='user', content='Where is Ghana?')], responses=['It is in Asia.', 'It is in Africa.']))
 
+def _curl(host, path, body):
+    return f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+# %% ../../nbs/60_use/66_service.ipynb #32840cea
+def _limit_row(field, limits):
+    option, value = field.name.replace('_', '-'), getattr(limits, field.name)
+    return f'<tr><td>--{option}<td>{value:,}<td>{field.metadata["help"]}'
+
 def _page(host, model, limits):
-    examples = [f"curl -s {host}/{path} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-                for path, body in _EXAMPLES.items()]
-    rows = ''.join(f'<tr><td>--{f.name.replace("_", "-")}<td>{getattr(limits, f.name):,}<td>{f.metadata["help"]}'
-                   for f in fields(Limits))
-    forms = '; or '.join(' and '.join(form) for form in _ROWS)
-    return _PAGE.format(examples=html.escape('\n'.join(examples), quote=False), forms=forms, limits=rows,
-                        max_tokens=model.config.get('max_tokens') or 'any number of')
+    examples = '\n'.join(_curl(host, path, body) for path, body in _EXAMPLES.items())
+    rows = ''.join(_limit_row(field, limits) for field in fields(Limits))
+    return _PAGE.format(
+        examples=html.escape(examples, quote=False), forms=_FORMS, limits=rows,
+        max_tokens=model.config.get('max_tokens') or 'any number of')
+
+# %% ../../nbs/60_use/66_service.ipynb #e16a8662
+ERRORS = {
+    400: 'the Host or the framing of the request is not accepted',
+    408: 'the body did not arrive in time',
+    413: 'the body is too large',
+    415: 'the body is not application/json',
+    422: 'the body is not what is documented, or a text is too long',
+    500: 'the model failed',
+    503: 'too many texts wait; try again',
+    504: 'the answer took too long'}
+
+# %% ../../nbs/60_use/66_service.ipynb #5185e13a
+def _first_fault(error): # where it is in the request, and what is wrong
+    first = error.errors()[0]
+    where = '.'.join(str(part) for part in first['loc'][1:])[:100]
+    if first['type'] == 'too_long': fault = f'{first["ctx"]["max_length"]:,} at most; send fewer at a time'
+    else: fault = first['msg']
+    return f'{where}: {fault}' if where else fault
+
+def _add_errors(app):
+    app.add_exception_handler(Refused, lambda request, e: error_answer(e.status, e.detail))
+    app.add_exception_handler(HTTPException, lambda request, e: error_answer(e.status_code, e.detail))
+    app.add_exception_handler(Failed, lambda request, e: error_answer(500, e))
+    @app.exception_handler(RequestValidationError)
+    async def _(request, e): return error_answer(422, _first_fault(e))
+
+# %% ../../nbs/60_use/66_service.ipynb #42a0b738
+def _ranked(rewards, responses, temperature): # the best first; equal ones keep their order
+    shares = softmax([r/temperature for r in rewards])
+    best_first = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+    return [Ranked(response=responses[i], reward=rewards[i], share=shares[i], index=i)
+            for i in best_first]
+
+def _compared_rows(q): # two responses to a prompt, or two dialogues
+    if q.prompt is None: return [(q.a,), (q.b,)]
+    prompt = _plain(q.prompt)
+    return [(prompt, q.a), (prompt, q.b)]
+
+async def _rewards(request, texts, limits): # of dialogues, while the client waits for them
+    return await _unless_gone(request, request.app.state.batcher.score(texts), limits.max_seconds)
+
+# %% ../../nbs/60_use/66_service.ipynb #a5f7b8d7
+def _add_questions(app, limits, temperature):
+    ScoreRequest, CompareRequest, RankRequest = request_kinds(limits.max_texts)
+    errors = {status: dict(model=ErrorAnswer, description=text) for status, text in ERRORS.items()}
+    post = partial(app.post, responses=errors)
+
+    @post('/score')
+    async def score(request:Request, q:ScoreRequest) -> ScoreAnswer:
+        "Rewards of texts."
+        return ScoreAnswer(rewards=await _rewards(request, _requested(q, limits), limits))
+
+    @post('/compare')
+    async def compare(request:Request, q:CompareRequest) -> CompareAnswer:
+        "The probability that a is preferred to b."
+        texts = _dialogues(_compared_rows(q), limits)
+        a, b = await _rewards(request, texts, limits)
+        probability = float(expit((a - b)/temperature))
+        return CompareAnswer(probability=probability, rewards=[a, b], temperature=temperature)
+
+    @post('/rank')
+    async def rank(request:Request, q:RankRequest) -> RankAnswer:
+        "Responses to one prompt, the best first; equal ones keep their order."
+        texts = _dialogues([(_plain(q.prompt), r) for r in q.responses], limits)
+        rewards = await _rewards(request, texts, limits)
+        ranking = _ranked(rewards, q.responses, temperature)
+        return RankAnswer(ranking=ranking, temperature=temperature)
+
+# %% ../../nbs/60_use/66_service.ipynb #c526e5eb
+def _metric(name, kind, help, samples): # lines of Prometheus' text format; samples: labels -> value
+    name = f'rlhf_flant5_{name}'
+    values = [f'{name}{labels} {value}' for labels, value in samples.items()]
+    return [f'# HELP {name} {help}', f'# TYPE {name} {kind}', *values]
+
+def _metrics(batcher, counts) -> str:
+    answers = {f'{{path="{path}",status="{status}"}}': n
+               for (path, status), n in sorted(counts.items())}
+    lines = [
+        *_metric('requests_total', 'counter', 'Answers by path and status.', answers),
+        *_metric('texts_total', 'counter', 'Texts that were scored.', {'': batcher.n_scored}),
+        *_metric('batches_total', 'counter', 'Batches that were scored.', {'': batcher.n_batches}),
+        *_metric('texts_waiting', 'gauge', 'Texts that wait.', {'': batcher.queue.qsize()})]
+    return '\n'.join(lines) + '\n'
+
+# %% ../../nbs/60_use/66_service.ipynb #b7fdb53e
+def _add_pages(app, model, limits, temperature):
+    @app.get('/health')
+    async def health() -> dict:
+        "Which model answers, and how many texts wait."
+        batcher, config = app.state.batcher, model.config
+        return dict(
+            status='ok', readout=config['readout'], max_tokens=config.get('max_tokens'), temperature=temperature,
+            waiting=batcher.queue.qsize(), scored=batcher.n_scored, batches=batcher.n_batches)
+
+    @app.get('/metrics', response_class=PlainTextResponse)
+    async def metrics() -> str:
+        "Counters for Prometheus."
+        text = _metrics(app.state.batcher, app.state.counts)
+        return PlainTextResponse(text, media_type='text/plain; version=0.0.4')
+
+    @app.get('/docs', include_in_schema=False, response_class=HTMLResponse)
+    async def docs(request:Request): return _page(request.headers.get('host', ''), model, limits)
+
+    @app.get('/', include_in_schema=False)
+    async def root(): return RedirectResponse('docs')
 
 # %% ../../nbs/60_use/66_service.ipynb #3f679104
 def make_app(model:RewardModel,           # on its device
@@ -153,97 +284,18 @@ def make_app(model:RewardModel,           # on its device
              **kwargs                     # of `Batcher`
             ) -> FastAPI:
     "The service as an ASGI application."
-    temperature, batcher = model.temperature, None
+    temperature = model.temperature
     @asynccontextmanager
     async def life(app):
-        nonlocal batcher
-        batcher = app.state.batcher = Batcher(model, limits, **kwargs); worker = asyncio.create_task(batcher.work())
+        batcher = app.state.batcher = Batcher(model, limits, **kwargs)
+        worker = asyncio.create_task(batcher.work())
         yield
-        worker.cancel(); batcher.thread.shutdown(wait=False)
+        worker.cancel()
+        batcher.executor.shutdown(wait=False)
     app = FastAPI(title='rlhf_flant5', version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.counts = Counter()
     app.add_middleware(Gate, limits=limits, hosts=hosts, counts=app.state.counts)
-    _errors(app)
-    _routes(app, limits, temperature)
-    _pages(app, model, limits, temperature)
+    _add_errors(app)
+    _add_questions(app, limits, temperature)
+    _add_pages(app, model, limits, temperature)
     return app
-
-# %% ../../nbs/60_use/66_service.ipynb #e16a8662
-ERRORS = {400: 'the Host or the framing of the request is not accepted',
-          408: 'the body did not arrive in time',
-          413: 'the body is too large',
-          415: 'the body is not application/json',
-          422: 'the body is not what is documented, or a text is too long',
-          500: 'the model failed',
-          503: 'too many texts wait; try again',
-          504: 'the answer took too long'}
-
-def _errors(app):
-    "Every error is one line of JSON."
-    app.add_exception_handler(Refused, lambda r, e: _told(e.status, e.said))
-    app.add_exception_handler(HTTPException, lambda r, e: _told(e.status_code, e.detail))
-    app.add_exception_handler(Failed, lambda r, e: _told(500, e))
-    @app.exception_handler(RequestValidationError)
-    async def _(request, e):
-        first = e.errors()[0]
-        where = '.'.join(str(p) for p in first['loc'][1:])[:100]
-        said = f'{first["ctx"]["max_length"]:,} at most; send fewer at a time' if first['type'] == 'too_long' else first['msg']
-        return _told(422, f'{where}: {said}' if where else said)
-
-# %% ../../nbs/60_use/66_service.ipynb #42a0b738
-def _routes(app, limits, temperature):
-    ScoreRequest, CompareRequest, RankRequest = request_kinds(limits.max_texts)
-    post = partial(app.post, responses={status: dict(model=ErrorAnswer, description=said)
-                                        for status, said in ERRORS.items()})
-    async def rewards(request, texts):
-        return await _unless_gone(request, app.state.batcher.score(texts), limits.max_seconds)
-
-    @post('/score')
-    async def score(request:Request, q:ScoreRequest) -> ScoreAnswer:
-        "Rewards of texts."
-        return ScoreAnswer(rewards=await rewards(request, _asked(q, limits)))
-
-    @post('/compare')
-    async def compare(request:Request, q:CompareRequest) -> CompareAnswer:
-        "The probability that a is preferred to b."
-        texts = _dialogues([(t,) if q.prompt is None else (_plain(q.prompt), t) for t in (q.a, q.b)], limits)
-        a, b = await rewards(request, texts)
-        return CompareAnswer(probability=float(expit((a - b)/temperature)), rewards=[a, b], temperature=temperature)
-
-    @post('/rank')
-    async def rank(request:Request, q:RankRequest) -> RankAnswer:
-        "Responses to one prompt, the best first; equal ones keep their order."
-        found = await rewards(request, _dialogues([(_plain(q.prompt), r) for r in q.responses], limits))
-        shares = softmax([r/temperature for r in found])
-        best_first = sorted(range(len(found)), key=lambda i: -found[i])
-        return RankAnswer(temperature=temperature, ranking=[
-            Ranked(response=q.responses[i], reward=found[i], share=shares[i], index=i) for i in best_first])
-
-# %% ../../nbs/60_use/66_service.ipynb #c526e5eb
-def _metrics(batcher, counts) -> str: # in Prometheus' text format
-    out = ['# HELP rlhf_flant5_requests_total Answers by path and status.', '# TYPE rlhf_flant5_requests_total counter']
-    out += [f'rlhf_flant5_requests_total{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(counts.items())]
-    for name, kind, said, value in (('texts_total', 'counter', 'Texts that were scored.', batcher.n_scored),
-                                    ('batches_total', 'counter', 'Batches that were scored.', batcher.n_batches),
-                                    ('texts_waiting', 'gauge', 'Texts that wait.', batcher.line.qsize())):
-        out += [f'# HELP rlhf_flant5_{name} {said}', f'# TYPE rlhf_flant5_{name} {kind}', f'rlhf_flant5_{name} {value}']
-    return '\n'.join(out) + '\n'
-
-def _pages(app, model, limits, temperature):
-    @app.get('/health')
-    async def health() -> dict:
-        "Which model answers, and how many texts wait."
-        b = app.state.batcher
-        return dict(status='ok', readout=model.config['readout'], max_tokens=model.config.get('max_tokens'), temperature=temperature,
-                    waiting=b.line.qsize(), scored=b.n_scored, batches=b.n_batches)
-
-    @app.get('/metrics', response_class=PlainTextResponse)
-    async def metrics() -> str:
-        "Counters for Prometheus."
-        return PlainTextResponse(_metrics(app.state.batcher, app.state.counts), media_type='text/plain; version=0.0.4')
-
-    @app.get('/docs', include_in_schema=False, response_class=HTMLResponse)
-    async def docs(request:Request): return _page(request.headers.get('host', ''), model, limits)
-
-    @app.get('/', include_in_schema=False)
-    async def root(): return RedirectResponse('docs')
