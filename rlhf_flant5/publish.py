@@ -13,11 +13,16 @@ def publish_parser():
     p = new_parser('publish')
     sub = p.add_subparsers(dest='what', required=True)
     card = sub.add_parser('card', help='print the model card of a run')
-    push = sub.add_parser('push', help='put a run\'s model and its card on the hub, in one commit')
+    push = sub.add_parser('push', help="put a run's model and its card on the hub, in one commit")
     plain = sub.add_parser('export', help='write the backbone as a plain T5 for transformers')
-    for s in (card, push): s.add_argument('run', help='a finished run: desc-…,index-…'); s.add_argument('--license', help='such as apache-2.0')
-    push.add_argument('repo', help='your-name/a-name'); push.add_argument('--public', action='store_true', help='for all to see (default: private)'); push.add_argument('--update', action='store_true', help='add a commit to a repository that is there')
-    plain.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub'); plain.add_argument('out', help='a new folder')
+    for s in (card, push):
+        s.add_argument('run', help='a finished run: desc-…,index-…')
+        s.add_argument('--license', help='such as apache-2.0')
+    push.add_argument('repo', help='your-name/a-name')
+    push.add_argument('--public', action='store_true', help='for all to see (default: private)')
+    push.add_argument('--update', action='store_true', help='add a commit to a repository that is there')
+    plain.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')
+    plain.add_argument('out', help='a new folder')
     return p
 
 # %% ../nbs/80_programs/89_publish.ipynb #b3b6fd20
@@ -37,35 +42,51 @@ from .use.card import model_card
 from .use.elsewhere import export_backbone
 from .use.facts import read_facts
 
-# %% ../nbs/80_programs/89_publish.ipynb #fe0f824d
-_REMEDY = {401: 'the hub does not know you (401); log in with `hf auth login`, with a token that may write',
-           403: 'the hub does not let you write there (403); use a token that may write, and your own name or an organisation of yours',
-           404: 'the hub has no such place (404); what stands before the slash must be your own name or an organisation of yours',
-           409: 'another commit came in between (409); look at the repository, then do it again',
-           429: 'the hub has had too many requests (429); try again in a while'}
-
-def _hub_error(e, repo_id, update, made): # made: the repository is new
-    status = e.response.status_code if isinstance(e, HfHubHTTPError) and e.response is not None else None
-    if status == 409 and not update and not made:
-        said = 'is there already; update it (--update, in Python update=True), or take another name'
-    elif status == 404 and update:
-        said = 'no such repository, or none that you may see; to make a new one, do not ask for an update'
-    elif status in _REMEDY: said = _REMEDY[status]
-    elif status and status >= 500: said = f'the hub answered {status}, it is overloaded or down; try again later'
-    elif status: said = f'the hub answered {status} ({first_line(e)}); the request is not what it takes'
-    else: said = f'the hub cannot be reached ({first_line(e)}); try again when there is a network'
-    if made: said += '. The repository was made and is empty: go on with --update (in Python update=True)'
-    return f'{repo_id}: {said}'
-
 # %% ../nbs/80_programs/89_publish.ipynb #fe0f824e
+def _link(folder): # the first that stands in a folder, or the folder itself if its path holds one
+    if folder != folder.resolve(): return folder
+    return next((p for p in sorted(folder.rglob('*')) if p.is_symlink()), None)
+
 def _own_files(folder): # what `save_pretrained` writes: {path in the repository: file}
-    link = folder if folder != folder.resolve() else next((p for p in sorted(folder.rglob('*')) if p.is_symlink()), None)
-    if link: raise ConfigError(f'{link}: a link, or behind one, which may lead anywhere; put the file itself there')
-    files = [folder/'config.json', folder/'model.safetensors', *sorted(p for name in TOKENIZER_FILES for p in (folder/'tokenizer').glob(name))]
-    if gone := next((p for p in files if not p.is_file()), None):
-        raise ConfigError(f'{gone}: no such file; the model is incomplete, train it anew')
+    if link := _link(folder):
+        raise ConfigError(f'{link}: a link, or behind one, which may lead anywhere; put the file itself there')
+    tokenizer = sorted(p for name in TOKENIZER_FILES for p in (folder/'tokenizer').glob(name))
+    files = [folder/'config.json', folder/'model.safetensors', *tokenizer]
+    for file in files:
+        if not file.is_file(): raise ConfigError(f'{file}: no such file; the model is incomplete, train it anew')
     return {p.relative_to(folder).as_posix(): str(p) for p in files}
 
+# %% ../nbs/80_programs/89_publish.ipynb #fe0f824d
+_REMEDIES = {
+    401: 'the hub does not know you (401); '
+         'log in with `hf auth login`, with a token that may write',
+    403: 'the hub does not let you write there (403); '
+         'use a token that may write, and your own name or an organisation of yours',
+    404: 'the hub has no such place (404); '
+         'what stands before the slash must be your own name or an organisation of yours',
+    409: 'another commit came in between (409); look at the repository, then do it again',
+    429: 'the hub has had too many requests (429); try again in a while'}
+
+_TAKEN = 'is there already; update it (--update, in Python update=True), or take another name'
+_NOT_THERE = 'no such repository, or none that you may see; to make a new one, do not ask for an update'
+_EMPTY = 'The repository was made and is empty: go on with --update (in Python update=True)'
+
+# %% ../nbs/80_programs/89_publish.ipynb #bb374f4e
+def _fault(e, update, created): # what the hub answered to whom, and what to do
+    has_status = isinstance(e, HfHubHTTPError) and e.response is not None
+    status = e.response.status_code if has_status else None
+    if not status: return f'the hub cannot be reached ({first_line(e)}); try again when there is a network'
+    if status == 409 and not update and not created: return _TAKEN
+    if status == 404 and update: return _NOT_THERE
+    if status in _REMEDIES: return _REMEDIES[status]
+    if status >= 500: return f'the hub answered {status}, it is overloaded or down; try again later'
+    return f'the hub answered {status} ({first_line(e)}); the request is not what it takes'
+
+def _hub_error(e, repo_id, update, created): # created: the repository is new
+    fault = _fault(e, update, created)
+    return ConfigError(f'{repo_id}: {fault}. {_EMPTY}' if created else f'{repo_id}: {fault}')
+
+# %% ../nbs/80_programs/89_publish.ipynb #9d8e3e8c
 def push_to_hub(run:Path,                # a finished run's folder
                 repo_id:str,             # your-name/a-name
                 private:bool=True,       # of a new repository
@@ -79,22 +100,27 @@ def push_to_hub(run:Path,                # a finished run's folder
     files = _own_files(facts.folder) | {'README.md': model_card(facts, repo_id, license).encode()}
     if not (token or get_token()):
         raise ConfigError(f'{repo_id}: not logged in; run `hf auth login`, or set HF_TOKEN to a token that may write')
-    made = False
+    operations = [CommitOperationAdd(path, file) for path, file in files.items()]
+    message = f'A reward model: {facts.summary["readout"]}'
+    created = False
     try:
         if not update:
             api.create_repo(repo_id, private=private)
-            made = True
-        return api.create_commit(repo_id, [CommitOperationAdd(k, v) for k, v in files.items()], commit_message=f'A reward model: {facts.summary["readout"]}').commit_url
+            created = True
+        return api.create_commit(repo_id, operations, commit_message=message).commit_url
     except HFValidationError as e:
         raise ConfigError(f'{repo_id!r}: no name for a repository ({first_line(e)}); take your-name/a-name') from None
-    except (HTTPError, OSError) as e: raise ConfigError(_hub_error(e, repo_id, update, made)) from None
+    except (HTTPError, OSError) as e: raise _hub_error(e, repo_id, update, created) from None
 
 # %% ../nbs/80_programs/89_publish.ipynb #08ad1178
 @program(publish_parser, failures=(SafetensorError,))    # its writer's own kind of a full disk
 def main(args):
     "The command `python -m rlhf_flant5.publish`."
-    if args.what == 'card': print(model_card(args.run, license=args.license).rstrip('\n'))
-    elif args.what == 'push': print(push_to_hub(args.run, args.repo, private=not args.public, update=args.update, license=args.license))
+    if args.what == 'card':
+        print(model_card(args.run, license=args.license).rstrip('\n'))
+    elif args.what == 'push':
+        url = push_to_hub(args.run, args.repo, private=not args.public, update=args.update, license=args.license)
+        print(url)
     else: export_backbone(args.model, args.out)
 
 # %% ../nbs/80_programs/89_publish.ipynb #bf8ae713

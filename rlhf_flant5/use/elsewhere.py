@@ -20,7 +20,8 @@ def reward_function(model:RewardModel,
                     **kwargs                      # of `score`
                    ): # reward(prompts, completions, **others) -> one float each
     "A reward model as TRL's trainers call it: `GRPOTrainer(reward_funcs=reward_function(model), …)`."
-    def rlhf_flant5_reward(prompts, completions, **_) -> list[float]: return model.score(prompts, completions, too_long=too_long, **kwargs).tolist()
+    def rlhf_flant5_reward(prompts, completions, **_) -> list[float]:
+        return model.score(prompts, completions, too_long=too_long, **kwargs).tolist()
     return rlhf_flant5_reward
 
 # %% ../../nbs/60_use/68_elsewhere.ipynb #d0e90f9b
@@ -31,24 +32,38 @@ CHAT_TEMPLATE = '''{%- set ns = namespace(system='') -%}
 {%- endif -%}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\nAssistant:' -}}{%- endif -%}'''
 
+# %% ../../nbs/60_use/68_elsewhere.ipynb #da627fae
 class Pipeline:
     "A reward model as RewardBench's main loop calls it."
     def __init__(self, task:str, model:RewardModel, tokenizer):
-        self.reward, self.tokenizer, self.model = model, tokenizer, SimpleNamespace(config=SimpleNamespace(pad_token_id=model.tokenizer.pad_token_id))   # of which it reads and prepares no more
+        self.reward, self.tokenizer = model, tokenizer
+        # of `model` it reads this and prepares no more
+        self.model = SimpleNamespace(config=SimpleNamespace(pad_token_id=model.tokenizer.pad_token_id))
 
     def __call__(self, samples:list, truncation:bool=False, **_) -> torch.Tensor: # rewards (n,)
-        return torch.from_numpy(self.reward.score(samples, too_long='truncate_left' if truncation else 'error'))
+        too_long = 'truncate_left' if truncation else 'error'
+        return torch.from_numpy(self.reward.score(samples, too_long=too_long))
+
+def _build_model(name, **_): return load_model(name)
 
 def rewardbench_entry() -> dict:
     "What `rewardbench.REWARD_MODEL_CONFIG` holds of a model: `REWARD_MODEL_CONFIG[folder] = rewardbench_entry()`."
-    return dict(model_builder=lambda name, **_: load_model(name), pipeline_builder=Pipeline, quantized=False, custom_dialogue=False, model_type='Seq. Classifier')
+    return dict(
+        model_builder=_build_model,
+        pipeline_builder=Pipeline,
+        quantized=False,
+        custom_dialogue=False,
+        model_type='Seq. Classifier')
 
 # %% ../../nbs/60_use/68_elsewhere.ipynb #587fe1e7
 def _merge(transformer):
     "Add adapters to the weights that they adapt, and take them off."
     for name, layer in [*transformer.named_modules()]:
-        if hasattr(layer, 'merge') and hasattr(layer, 'base_layer'):
-            layer.merge(); parent, _, own = name.rpartition('.'); setattr(transformer.get_submodule(parent), own, layer.base_layer)
+        is_adapted = hasattr(layer, 'merge') and hasattr(layer, 'base_layer')
+        if not is_adapted: continue
+        layer.merge()
+        parent, _, own = name.rpartition('.')
+        setattr(transformer.get_submodule(parent), own, layer.base_layer)
 
 def export_backbone(name:str,  # a saved reward model
                     out:Path   # a new folder
@@ -63,4 +78,5 @@ def export_backbone(name:str,  # a saved reward model
         model.backbone.transformer.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
 
+# %% ../../nbs/60_use/68_elsewhere.ipynb #c9067b44
 show_parameters(reward_function, export_backbone)
