@@ -2,6 +2,7 @@
 import json, os, subprocess, sys, threading, time
 import pytest
 from rlhf_flant5 import sweep
+from rlhf_flant5.training.jobs import Pool
 from rlhf_flant5.training.runs import find_runs, hold
 from conftest import root
 
@@ -25,12 +26,12 @@ def test_its_own_settings_are_refused_with_the_option(results, capsys, setting, 
 def trainings(monkeypatch):
     "Trainings that take no time: what is done is a set of names. Returns (done, begun, what a training gives)."
     done, begun, gives = set(), [], [0]
-    def train(job, n_jobs, running):
+    def train(job, pool):
         begun.append(job.label)
         if gives[0] == 0: done.update(f.name for f in job.folders)
-        return gives[0], 'trained\n', 'error: it failed', 60.
-    monkeypatch.setattr(sweep, '_train', train)
-    monkeypatch.setattr(sweep, 'is_done', lambda settings: sweep._folder(settings).name in done)
+        return sweep.Ended(gives[0], 'trained\n', 'error: it failed', 60.)
+    monkeypatch.setattr(sweep, 'train_job', train)
+    monkeypatch.setattr(sweep, 'is_done', lambda settings: sweep.run_folder(settings).name in done)
     return done, begun, gives
 
 
@@ -48,7 +49,7 @@ def test_pairs_are_counted_once_a_run_has_read_them(results):
     jobs = sweep.plan([s for s in few if 'n_batches' not in s] + ['training.loop.n_epochs=3'], ['decoder_output'], [1, 2], ['trained'])
     (data := jobs[1].folders[0]/'data').mkdir(parents=True)
     (data/'counts.json').write_text('{"a/train": {"read": 99, "used for train": 40}, "b/train": {"used for train": 2}, "b/test": {"used for test": 7}}')
-    assert '2 runs of 3 epochs, 252 pairs in all' in sweep.cost(sweep.unfinished(jobs), sweep._n_train(f for j in jobs for f in j.folders))
+    assert '2 runs of 3 epochs, 252 pairs in all' in sweep.cost(sweep.unfinished(jobs), sweep.n_train_pairs(f for j in jobs for f in j.folders))
 
 
 @pytest.mark.parametrize('code, gives', [(-9, 1), (1, 1), (2, 2), (75, 75)])
@@ -94,18 +95,18 @@ def test_a_run_that_another_takes_first_is_no_failure(results, trainings, capsys
     "Both looked when it was free; the second is told so by the run itself, maybe when the first has just ended."
     done, _, _ = trainings
     job, = sweep.plan(few, ['decoder_output'], [1], ['trained'])
-    def too_late(*args):
+    def too_late(job, pool):
         at_work(job.folders[0], seconds, lambda: done.add(job.folders[0].name))
         time.sleep(.5*(not seconds))
-        return 2, '', 'error: another process is at work in this run', 1.
-    monkeypatch.setattr(sweep, '_train', too_late)
-    assert sweep.run_jobs([job]) == 0 and 'done elsewhere' in capsys.readouterr().out
+        return sweep.Ended(2, '', 'error: another process is at work in this run', 1.)
+    monkeypatch.setattr(sweep, 'train_job', too_late)
+    assert sweep.run_jobs([job], Pool(1)) == 0 and 'done elsewhere' in capsys.readouterr().out
 
 
 def test_a_baseline_at_work_elsewhere(results, trainings, capsys, monkeypatch):
     "It is told, left alone, and taken over when it ends unfinished."
-    monkeypatch.setattr(sweep, 'is_done', lambda settings: sweep._folder(settings).joinpath('results', 'summary.json').exists())
-    folder = sweep._folder(sweep._linear(few, 'tf-idf'))
+    monkeypatch.setattr(sweep, 'is_done', lambda settings: sweep.run_folder(settings).joinpath('results', 'summary.json').exists())
+    folder = sweep.run_folder(sweep.linear_settings(few, 'tf-idf'))
     folder.mkdir(parents=True)
     lock = hold(folder)
     assert sweep.classical(few) == [folder] and 'tf-idf per subset: validation' in capsys.readouterr().out

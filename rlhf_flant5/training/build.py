@@ -34,55 +34,76 @@ from .states import FeatureBatches, keep_states, kept_features, without_decoder
 log = logging.getLogger('rlhf_flant5.training.build')
 
 # %% ../../nbs/50_training/59c_build.ipynb #5b39dbca
+def _toy_pairs(counts): # {train, test}: raw pairs
+    raw = {split: toy_pairs(split=split) for split in ('train', 'test')}
+    for split, pairs in raw.items():
+        for subset, n in Counter(pairs['subset'][:]).items(): counts[f'{subset}/{split}']['read'] += n
+    return raw
+
+def _pairs_of(cfg, counts): # of the `data` settings: {train, test}: raw pairs
+    if cfg.name == 'toy': return _toy_pairs(counts)
+    subdirs = list(cfg.subdirs)
+    folder = pairs_folder(cfg.name, subdirs)
+    return {split: read_pairs(folder, subdirs, split, counts) for split in ('train', 'test')}
+
+# %% ../../nbs/50_training/59c_build.ipynb #3cc783da
 def load_data(cfg, # the whole configuration
               counts # gets what was read, dropped and used
              ): # (tokenizer, {train, validation, test}: tokenized pairs, best reachable accuracy on test or None)
     "Read, check, split and tokenize the pairs. Raises `ConfigError`."
-    toy, subdirs = cfg.data.name == 'toy', list(cfg.data.subdirs)
-    if toy:
-        raw = {s: toy_pairs(split=s) for s in ('train', 'test')}
-        for s, ds in raw.items():
-            for subset, n in Counter(ds['subset'][:]).items(): counts[f'{subset}/{s}']['read'] += n
-    else:
-        folder = pairs_folder(cfg.data.name, subdirs)
-        raw = {s: read_pairs(folder, subdirs, s, counts) for s in ('train', 'test')}
-    tokenizer = toy_tokenizer() if cfg.model.transformer_name == 'toy' else load_tokenizer(cfg.model.transformer_name)
+    raw, transformer = _pairs_of(cfg.data, counts), cfg.model.transformer_name
+    tokenizer = toy_tokenizer() if transformer == 'toy' else load_tokenizer(transformer)
     splits = prepare_splits(raw, tokenizer, cfg.data, cfg.training.loop.n_val_data, counts)
-    return tokenizer, splits, best_reachable_accuracy(splits['test']) if toy else None
+    best = best_reachable_accuracy(splits['test']) if cfg.data.name == 'toy' else None
+    return tokenizer, splits, best
 
 # %% ../../nbs/50_training/59c_build.ipynb #545c6a51
-_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'kept_dtype', 'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
-
 def load_transformer(name, decoder, dropout):
     "A T5 by name, or the toy world's, with the decoder or without."
     if name != 'toy': return load_flan_t5(name, decoder, dropout)
-    return toy_transformer(cls=T5Model if decoder else T5EncoderModel, **({} if dropout is None else dict(dropout_rate=dropout)))
+    changes = {} if dropout is None else dict(dropout_rate=dropout)
+    return toy_transformer(cls=T5Model if decoder else T5EncoderModel, **changes)
 
+# %% ../../nbs/50_training/59c_build.ipynb #dd0011b3
 def model_class(cfg) -> type[RewardModel]: # of the `model` settings
+    where = f'model._target_={cfg._target_}'
     try: cls = pydoc.locate(cfg._target_)
-    except pydoc.ErrorDuringImport as e: raise ConfigError(f'model._target_={cfg._target_}: its module does not load ({first_line(e.value)})') from None
-    if not (isinstance(cls, type) and issubclass(cls, RewardModel) and cls is not RewardModel): raise ConfigError(f'model._target_={cfg._target_}: must be a subclass of RewardModel; model=<name> sets it to one of {", ".join(choices("model"))}')
-    return cls
+    except pydoc.ErrorDuringImport as e:
+        raise ConfigError(f'{where}: its module does not load ({first_line(e.value)})') from None
+    if isinstance(cls, type) and issubclass(cls, RewardModel) and cls is not RewardModel: return cls
+    raise ConfigError(f'{where}: must be a subclass of RewardModel; '
+                      f'model=<name> sets it to one of {", ".join(choices("model"))}')
 
 def keeps_states(cfg) -> bool: # of the `model` settings
     "Whether a run trains on states that are computed once."
     return not cfg.train_transformer and cfg.use_pretrained_output and model_class(cfg).cacheable
 
 # %% ../../nbs/50_training/59c_build.ipynb #0f16908b
+_backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pretrained_output', 'kept_dtype',
+                  'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
+
 def build_backbone(cfg, # the `model` settings
                    decoder:bool # with its decoder
                   ) -> Backbone:
-    return Backbone(load_transformer(cfg.transformer_name, decoder, cfg.dropout), cfg.train_transformer, cfg.gradient_checkpointing, OmegaConf.to_container(cfg.lora), cfg.attention)
+    "The transformer, frozen or to be trained. Raises `ConfigError`."
+    t5 = load_transformer(cfg.transformer_name, decoder, cfg.dropout)
+    lora = OmegaConf.to_container(cfg.lora)
+    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention)
 
+# %% ../../nbs/50_training/59c_build.ipynb #b9d4447c
 def build_model(cfg,     # the `model` settings
                 seed:int, # of new weights
                 backbone:Backbone|None=None # None: its own
                ) -> RewardModel:
     "Backbone and readout from the configuration. Raises `ConfigError`."
-    cls = model_class(cfg); set_seed(seed)
-    backbone = backbone or build_backbone(cfg, cls.reads_decoder or keeps_states(cfg))   # kept states are those of both stacks
+    cls = model_class(cfg)
+    set_seed(seed)
+    if backbone is None:
+        both_stacks = cls.reads_decoder or keeps_states(cfg)      # kept states are those of both
+        backbone = build_backbone(cfg, both_stacks)
     set_seed(seed)    # a readout begins the same whatever its backbone has drawn
-    return cls(backbone, **{k: v for k, v in OmegaConf.to_container(cfg).items() if k not in _backbone_keys})
+    settings = {k: v for k, v in OmegaConf.to_container(cfg).items() if k not in _backbone_keys}
+    return cls(backbone, **settings)
 
 # %% ../../nbs/50_training/59c_build.ipynb #ed58fc92
 def saved_folder(name:str) -> str:
@@ -90,63 +111,87 @@ def saved_folder(name:str) -> str:
     best = Path(name).expanduser()/'simulation'/'best_model'
     return str(best) if best.is_dir() else name
 
+# %% ../../nbs/50_training/59c_build.ipynb #c1d4ed46
+def _check_same_model(saved, model, tokenizer, where):
+    theirs, ours = (readout_name(type(m)) for m in (saved, model))
+    if theirs != ours:
+        raise ConfigError(f"{where}: its readout is {theirs}, this run's is {ours}; set model={theirs}")
+    if saved.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f'{where}: its vocabulary is another one; take the transformer that it began with')
+
+def _check_same_weights(have, want, reads_decoder, where): # state dicts
+    idle = {k for k in want if '.decoder.' in k and not reads_decoder} - {*have}
+    misnamed = sorted({*have} ^ ({*want} - idle))
+    odd = misnamed or [k for k in have if have[k].shape != want[k].shape]
+    if odd:
+        raise ConfigError(f'{where}: {len(odd)} weights differ in name or shape, {odd[0]} first; '
+                          "model.transformer_name, model.lora and the readout's sizes must be the same")
+
+# %% ../../nbs/50_training/59c_build.ipynb #2639f1b2
 def start_from(model:RewardModel, # gets the weights
                name:str,          # a run's folder, a saved reward model's, or a hub id
                tokenizer
               ) -> dict: # for the provenance: name, and SHA-256 over the weights
     "Warm start. Raises `ConfigError` unless the saved model is of the same readout, architecture and vocabulary."
     saved, where = RewardModel.from_pretrained(saved_folder(name)), f'model.start_from={name}'
-    kinds = [readout_name(type(m)) for m in (saved, model)]
-    if kinds[0] != kinds[1]: raise ConfigError(f'{where}: its readout is {kinds[0]}, this run\'s is {kinds[1]}; set model={kinds[0]}')
-    if saved.tokenizer.get_vocab() != tokenizer.get_vocab(): raise ConfigError(f'{where}: its vocabulary is another one; take the transformer that it began with')
-    have, want = saved.state_dict(), model.state_dict()
-    idle = {k for k in want if '.decoder.' in k and not model.reads_decoder} - {*have}
-    odd = sorted({*have} ^ ({*want} - idle)) or [k for k in have if have[k].shape != want[k].shape]
-    if odd: raise ConfigError(f'{where}: {len(odd)} weights differ in name or shape, {odd[0]} first; model.transformer_name, model.lora and the readout\'s sizes must be the same')
-    model.load_state_dict(have, strict=False)
+    _check_same_model(saved, model, tokenizer, where)
+    weights = saved.state_dict()
+    _check_same_weights(weights, model.state_dict(), model.reads_decoder, where)
+    model.load_state_dict(weights, strict=False)
     digest = hashlib.sha256()
-    for k in sorted(have): digest.update(k.encode() + have[k].cpu().numpy().tobytes())
+    for k in sorted(weights): digest.update(k.encode() + weights[k].cpu().numpy().tobytes())
     return dict(model=name, weights=digest.hexdigest())
 
 # %% ../../nbs/50_training/59c_build.ipynb #bbfae2b1
 def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairBatches]: # {train, validation, test}
     "Batches of tokens."
-    loop, order_seed = cfg.training.loop, cfg.seed if cfg.data.order_seed is None else cfg.data.order_seed
+    loop = cfg.training.loop
+    order_seed = cfg.seed if cfg.data.order_seed is None else cfg.data.order_seed
     sizes = dict(train=loop.train_batch_size, validation=loop.val_batch_size, test=loop.val_batch_size)
     batches = {k: PairBatches(ds, tokenizer.pad_token_id, sizes[k], 1, order_seed) for k, ds in splits.items()}
-    budget, train = cfg.training.token_budget, batches['train']
+    budget = cfg.training.token_budget
     if budget == 'auto':
-        with accelerator.autocast(): budget = find_token_budget(model, train.micro_batch([int(train.lengths.argmax())]), accelerator.device)
+        train = batches['train']
+        longest = train.micro_batch([int(train.lengths.argmax())])
+        with accelerator.autocast(): budget = find_token_budget(model, longest, accelerator.device)
     return {k: b.with_budget(budget).for_process(rank(), n_processes()) for k, b in batches.items()}
 
 # %% ../../nbs/50_training/59c_build.ipynb #0d98e582
 def kept_batches(cfg, model, batches, accelerator) -> dict[str, FeatureBatches]:
-    "Batches of states, computed in one pass of the frozen backbone or found on disk. Takes an unread decoder off the model."
+    "Batches of states, computed in one pass or found on disk. Takes an unread decoder off the model."
     trained_on = dict(dtype=cfg.model.kept_dtype, autocast=accelerator.autocast, precision=precision_name(accelerator))
-    judged_by = dict(dtype='float32')         # in float32, so that the scores are those of the saved model
-    entries = {k: keep_states(model.backbone, b, **(trained_on if k == 'train' else judged_by)) for k, b in batches.items()}
-    kept = {k: FeatureBatches(kept_features(model, entries[k]), b) for k, b in batches.items()}
+    judged_by = dict(dtype='float32')         # so that the scores are those of the saved model
+    entries = {}
+    for split, b in batches.items():
+        entries[split] = keep_states(model.backbone, b, **(trained_on if split == 'train' else judged_by))
+    kept = {split: FeatureBatches(kept_features(model, entries[split]), b) for split, b in batches.items()}
     if not model.reads_decoder: model.backbone = without_decoder(model.backbone)
     return kept
 
+# %% ../../nbs/50_training/59c_build.ipynb #28bd3430
 def warn_of_states(cfg, asked:bool): # whether the user has set `use_pretrained_output`
     "Say what becomes of `use_pretrained_output`."
     if not cfg.use_pretrained_output: return
     if cfg.train_transformer:
-        if asked: log.warning('model.use_pretrained_output=True is ignored: the transformer is trained, so its states change')
+        if asked: log.warning('model.use_pretrained_output=True is ignored: '
+                              'the transformer is trained, so its states change')
     elif not model_class(cfg).cacheable:
-        log.info(f'{readout_name(model_class(cfg))} reads the states of all tokens, which are not kept: each step passes through the frozen transformer')
+        log.info(f'{readout_name(model_class(cfg))} reads the states of all tokens, which are not kept: '
+                 'each step passes through the frozen transformer')
 
 def make_optimizer(cfg, model):
     "Adam or AdamW over what is to be trained."
-    return getattr(torch.optim, cfg.type)([p for p in model.parameters() if p.requires_grad], lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)   # one kernel for all weights
+    trained = [p for p in model.parameters() if p.requires_grad]
+    cls = getattr(torch.optim, cfg.type)
+    return cls(trained, lr=cfg.init_lr, weight_decay=cfg.weight_decay, fused=True)   # one kernel for all weights
 
 # %% ../../nbs/50_training/59c_build.ipynb #cdfa0ddf
 class Saver:
     "How the loop saves: whole folders for a trained backbone, the readout's weights for a frozen one."
     def __init__(self, tokenizer, **facts): self.tokenizer, self.facts = tokenizer, facts
 
-    def whole(self, model, folder, facts, weights): model.save_pretrained(folder, self.tokenizer, weights, **self.facts, **facts)
+    def whole(self, model, folder, facts, weights):
+        model.save_pretrained(folder, self.tokenizer, weights, **self.facts, **facts)
 
     def save(self, model, folder, facts, weights):
         if model.backbone.trained: return self.whole(model, folder, facts, weights)
@@ -155,23 +200,37 @@ class Saver:
 # %% ../../nbs/50_training/59c_build.ipynb #ebd7b4cc
 def check_group(cfg, n:int): # processes
     "Raise `ConfigError` if the settings do not go with a group of `n`."
-    if (cfg.distributed.n_processes or n) != n: raise ConfigError(f'distributed.n_processes={cfg.distributed.n_processes} in a group of {n}: start it from the command line, or with `launch`; in a group that something else started leave it null')
-    if cfg.training.loop.train_batch_size < n: raise ConfigError(f'training.loop.train_batch_size={cfg.training.loop.train_batch_size} with {n} processes: a step needs a pair for each; raise it')
+    wanted, batch_size = cfg.distributed.n_processes, cfg.training.loop.train_batch_size
+    if (wanted or n) != n:
+        raise ConfigError(f'distributed.n_processes={wanted} in a group of {n}: start it from the command line, '
+                          'or with `launch`; in a group that something else started leave it null')
+    if batch_size < n:
+        raise ConfigError(f'training.loop.train_batch_size={batch_size} with {n} processes: '
+                          'a step needs a pair for each; raise it')
 
+# %% ../../nbs/50_training/59c_build.ipynb #0de2badd
 def make_accelerator(cfg) -> Accelerator:
-    "Accelerate's engine for the device and precision of the configuration; in a group of processes it joins them. Raises `ConfigError`."
+    "Accelerate's engine for device and precision; in a group of processes it joins them. Raises `ConfigError`."
     device, n = best_device(cfg.device_name), named_processes()
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
-    AcceleratorState._reset_state(reset_partial_state=True)   # subtle: Accelerate keeps the first run's precision for the life of the process
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.distributed.timeout))]
-    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision={'bf16': 'bf16', 'fp32': 'no'}[choose_precision(cfg.training.precision, device)], kwargs_handlers=handlers)
+    # subtle: Accelerate keeps the first run's precision for the life of the process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = dict(bf16='bf16', fp32='no')[choose_precision(cfg.training.precision, device)]
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.distributed.timeout))
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=precision, kwargs_handlers=[views, timeout])
     on_first(lambda: check_group(cfg, n))
     return accelerator
 
+# %% ../../nbs/50_training/59c_build.ipynb #bf9e4fce
 def n_wanted(cfg) -> int: # processes; 1 within a group, which is there already
     "How many processes to start on this machine. Raises `ConfigError`."
     if named_processes() > 1: return 1
     device, n = best_device(cfg.device_name), cfg.distributed.n_processes
-    gpus = torch.cuda.device_count() if device.type == 'cuda' and device.index is None else 1
-    if n and device.type != 'cpu' and n > gpus: raise ConfigError(f'distributed.n_processes={n} on {device}: each process needs a GPU, there are {gpus}; set it lower, or device_name=cpu')
-    return n or (gpus if cfg.use_multi_gpu_if_available else 1)
+    all_gpus = device.type == 'cuda' and device.index is None
+    n_gpus = torch.cuda.device_count() if all_gpus else 1
+    if n and device.type != 'cpu' and n > n_gpus:
+        raise ConfigError(f'distributed.n_processes={n} on {device}: each process needs a GPU, there are {n_gpus}; '
+                          'set it lower, or device_name=cpu')
+    if n: return n
+    return n_gpus if cfg.use_multi_gpu_if_available else 1

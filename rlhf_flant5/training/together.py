@@ -33,26 +33,42 @@ from .step import evaluate_all
 # %% ../../nbs/50_training/59d_together.ipynb #23a75784
 class SharedPass:
     "Micro-batches of tokens -> micro-batches of the frozen backbone's states, for all readouts."
-    def __init__(self, backbone:Backbone, models): self.backbone, self.n_blocks = backbone, max(m.n_token_blocks for m in models)
-    def __call__(self, m:MicroBatch) -> MicroBatch: return replace(m, inputs=dict(states=self.backbone(**m.inputs, n_blocks=self.n_blocks)))
+    def __init__(self, backbone:Backbone, models):
+        self.backbone, self.n_blocks = backbone, max(m.n_token_blocks for m in models)
+
+    def __call__(self, m:MicroBatch) -> MicroBatch:
+        return replace(m, inputs=dict(states=self.backbone(**m.inputs, n_blocks=self.n_blocks)))
 
 # %% ../../nbs/50_training/59d_together.ipynb #bb92d503
+def _own_model(cfg, tokenizer): # of a run alone
+    model = first_then_all(lambda: build_model(cfg.model, cfg.seed))
+    start = cfg.model.start_from
+    if start: model.began_with = first_then_all(lambda: start_from(model, start, tokenizer))
+    return model
+
+# %% ../../nbs/50_training/59d_together.ipynb #8f6d6dff
+def _models_over_one(cfgs, device): # (models, their shared pass)
+    if any(c.model.start_from for c in cfgs):
+        raise ConfigError('model.start_from begins one run; train several one after the other with -m')
+    reads_decoder = [model_class(c.model).reads_decoder for c in cfgs]
+    backbone = first_then_all(lambda: build_backbone(cfgs[0].model, any(reads_decoder))).to(device)
+    encoder = without_decoder(backbone) if backbone.has_decoder else backbone
+    models = [build_model(c.model, c.seed, backbone if d else encoder) for c, d in zip(cfgs, reads_decoder)]
+    return models, SharedPass(backbone, models)
+
+def _put_on_device(model, cfg, accelerator):
+    # subtle: no process holds whole weights once they are shared out
+    if cfg.model.lora.r: model.backbone.noted_digest = weights_digest(model.backbone)
+    if cfg.distributed.strategy == 'fsdp': share_model(model, 'fsdp', accelerator)
+    else: model.to(accelerator.device)
+
+# %% ../../nbs/50_training/59d_together.ipynb #2e4c7c46
 def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, whether they are compiled)
     "Models and batches of runs that train side by side; a run alone is one of one."
-    cfg, share, compiled = cfgs[0], lambda m: m, False
-    if len(cfgs) == 1:
-        models = [first_then_all(lambda: build_model(cfg.model, cfg.seed))]
-        if cfg.model.start_from: models[0].began_with = first_then_all(lambda: start_from(models[0], cfg.model.start_from, tokenizer))
-    else:
-        if any(c.model.start_from for c in cfgs): raise ConfigError('model.start_from begins one run; train several one after the other with -m')
-        backbone = first_then_all(lambda: build_backbone(cfg.model, any(model_class(c.model).reads_decoder for c in cfgs))).to(accelerator.device)
-        encoder = without_decoder(backbone) if backbone.has_decoder else backbone
-        models = [build_model(c.model, c.seed, backbone if model_class(c.model).reads_decoder else encoder) for c in cfgs]
-        share = SharedPass(backbone, models)
-    for m in models:
-        # subtle: no process holds whole weights once they are shared out
-        if cfg.model.lora.r: m.backbone.noted_digest = weights_digest(m.backbone)
-        share_model(m, 'fsdp', accelerator) if cfg.distributed.strategy == 'fsdp' else m.to(accelerator.device)
+    cfg, device, compiled = cfgs[0], accelerator.device, False
+    if len(cfgs) == 1: models, share = [_own_model(cfg, tokenizer)], lambda m: m
+    else: models, share = _models_over_one(cfgs, device)
+    for model in models: _put_on_device(model, cfg, accelerator)
     batches = token_batches(cfg, models[0], tokenizer, splits, accelerator)
     if keeps_states(cfg.model): batches = kept_batches(cfg, models[0], batches, accelerator)
     else: compiled = compile_if_it_pays(cfg, models[0], batches['train'], accelerator)
@@ -61,16 +77,31 @@ def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, wh
 
 # %% ../../nbs/50_training/59d_together.ipynb #bbbf2441
 def make_loop(cfg, run, model, batches, accelerator, saver, trackers) -> TrainingLoop:
+    "The training loop of a run over these batches."
     model = share_model(model, cfg.distributed.strategy, accelerator)
-    return TrainingLoop(model, make_optimizer(cfg.training.optimizer, model), pair_loss, batches['train'], batches['validation'], cfg.training.loop, cfg.training.optimizer, run.simulation,
-                        accelerator, trackers, saver.save, save_frozen=cfg.model.train_transformer)
+    optimizer = make_optimizer(cfg.training.optimizer, model)
+    return TrainingLoop(
+        model, optimizer, pair_loss, batches['train'], batches['validation'],
+        cfg.training.loop, cfg.training.optimizer, run.simulation, accelerator,
+        trackers, saver.save, save_frozen=cfg.model.train_transformer)
+
+# %% ../../nbs/50_training/59d_together.ipynb #aaa2cd16
+def _n_bytes(parameters): return sum(p.numel()*p.element_size() for p in parameters)
+
+def _needs(loop, resumed): # bytes
+    trained = [p for p in loop.model.parameters() if p.requires_grad]
+    best = loop.model.parameters() if loop.save_frozen else trained
+    n_checkpoints = 1 if resumed else loop.cfg.n_checkpoints + 1
+    return 3*_n_bytes(trained)*n_checkpoints + 2*_n_bytes(best)
 
 def check_room(loops, resumed:bool):
     "Raise `ConfigError` if the disk has no room for what the loops keep."
-    n = lambda l, trained: sum(p.numel()*p.element_size() for p in l.model.parameters() if p.requires_grad or not trained)
-    need = sum(3*n(l, True)*(1 if resumed else l.cfg.n_checkpoints + 1) + 2*n(l, not l.save_frozen) for l in loops)   # weights and two moments; the best model, old and new
-    free = shutil.disk_usage(loops[0].folder).free
-    if need > free: raise ConfigError(f'{loops[0].folder}: checkpoints and best models need {need/2**20:,.0f} MiB, {free/2**20:,.0f} are free; make room, lower training.loop.n_checkpoints, or set RESULTS_ROOT_DIR to another disk')
+    folder = loops[0].folder
+    need, free = sum(_needs(loop, resumed) for loop in loops), shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigError(f'{folder}: checkpoints and best models need {need/2**20:,.0f} MiB, '
+                          f'{free/2**20:,.0f} are free; make room, lower training.loop.n_checkpoints, '
+                          'or set RESULTS_ROOT_DIR to another disk')
 
 # %% ../../nbs/50_training/59d_together.ipynb #42ccaeb1
 class LoopGroup:
