@@ -66,6 +66,7 @@ def _own_test_score(config): # accuracy and number of pairs that the model's run
     accuracy, n = own.get('accuracy'), own.get('n')
     return (accuracy, n) if type(accuracy) is float and type(n) is int else None
 
+# %% ../nbs/80_programs/87_evaluate.ipynb #eec94b10
 def _own_run_note(args, config, table): # what the model's own run had on these pairs, and why it may be another number
     own = _own_test_score(config)
     if own is None or args.split != 'test' or args.subsets or not _trained_on_these(args, config): return None
@@ -91,6 +92,7 @@ def _print_notes(args, config, table):
         print('note    the model was trained on pairs of this name and split; its test split says more')
     if note := _own_run_note(args, config, table): print(note)
 
+# %% ../nbs/80_programs/87_evaluate.ipynb #793bc459
 def _print_report(args, out, report, counts):
     total = sum(counts.values(), Counter())
     print(f'model   {args.model}: {report["readout"]}')

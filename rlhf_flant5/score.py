@@ -136,6 +136,7 @@ def _csv_row(columns): # a function: row -> a line of CSV
         return line.getvalue().encode(errors='backslashreplace')
     return as_bytes
 
+# %% ../nbs/80_programs/86_score.ipynb #b8982ee5
 def _open_csv(out, columns, keep, stack): # (file, how `score_stream` writes to it)
     if keep is None and columns is None:
         raise ConfigError(f'--keep all: rows of JSON may each have other columns; name those that {out} shall have')

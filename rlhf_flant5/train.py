@@ -158,6 +158,7 @@ def _known(folder, resumed, done): # a run that the first process has opened, in
     run.resumed, run.done = resumed, done
     return run
 
+# %% ../nbs/80_programs/81_train.ipynb #f996f855
 def open_runs(cfgs, command, stack:ExitStack) -> list[Run]:
     "The runs' folders; in the first process they are entered on `stack`."
     opened = []
@@ -217,6 +218,7 @@ def train_together(runs:list[list[str]],    # settings of each run, `key=value`;
         opened = open_runs(cfgs, command or ['python', '-m', 'rlhf_flant5.train', *runs[0]], stack)
         return _train_opened(cfgs, runs, opened)
 
+# %% ../nbs/80_programs/81_train.ipynb #fe281d0d
 def train(overrides:list[str],      # settings, `key=value`
           command:list[str]=None    # recorded with the run
          ) -> dict: # the summary, with the run's folder under `folder`

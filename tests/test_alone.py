@@ -14,11 +14,14 @@ def tracked():
     return [root/name for name in listed.split('\0') if name and (root/name).is_file()]
 
 
+def lines_with(pattern, path):
+    lines = path.read_bytes().decode('utf-8', 'replace').splitlines()
+    for n, line in enumerate(lines, 1):
+        if re.search(pattern, line): yield f'{path.relative_to(root)}:{n}: {line.strip()[:100]}'
+
+
 def test_no_file_names_a_folder_outside():
-    found = []
-    for path in tracked():
-        lines = path.read_bytes().decode('utf-8', 'replace').splitlines()
-        found += [f'{path.relative_to(root)}:{n}: {line.strip()[:100]}' for n, line in enumerate(lines, 1) if re.search(ELSEWHERE, line)]
+    found = [place for path in tracked() for place in lines_with(ELSEWHERE, path)]
     assert not found, '\n'.join(found)
     for seen in ('root.parent/"{}"', "Path('../{}/x')"): assert re.search(ELSEWHERE, seen.format('shared'))
 
@@ -26,18 +29,28 @@ def test_no_file_names_a_folder_outside():
 def imported(path):
     "The first parts of all names that a module imports, but its own package's."
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        yield from (n.split('.')[0] for n in names)
+        names = []
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+        for name in names: yield name.split('.')[0]
+
+
+def declared():
+    "What settings.ini asks for, for the package or for one of its extras."
+    ini = ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf-8')
+    for key, value in ini['DEFAULT'].items():
+        if not key.endswith('requirements') or key == 'dev_requirements': continue
+        for requirement in value.split(): yield canonicalize_name(Requirement(requirement).name)
 
 
 def test_what_is_imported_is_declared():
-    "In settings.ini, for the module's own package or for one of its extras. (TRL is something that the chapter on speed may compare with.)"
-    ini = ConfigParser()
-    ini.read(root/'settings.ini', encoding='utf-8')
-    declared = {canonicalize_name(Requirement(r).name) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') and k != 'dev_requirements' for r in v.split()}
-    called = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'yaml': 'pyyaml'}
-    used = {n for path in (root/'rlhf_flant5').rglob('*.py') for n in imported(path)} - {*sys.stdlib_module_names, 'rlhf_flant5', 'trl'}
-    assert not sorted(n for n in used if canonicalize_name(called.get(n, n)) not in declared)
+    "TRL is something that the chapter on speed may compare with."
+    packages = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'yaml': 'pyyaml'}
+    used = {name for path in (root/'rlhf_flant5').rglob('*.py') for name in imported(path)}
+    used -= {*sys.stdlib_module_names, 'rlhf_flant5', 'trl'}
+    asked = {canonicalize_name(packages.get(name, name)) for name in used}
+    assert not sorted(asked - {*declared()})
 
 
 # as make: says where it runs and what stands there, then what pytest says at its end
@@ -49,31 +62,42 @@ exit "${TEST:-0}"
 '''
 
 
+def commit_all(folder):
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b']
+    for args in (['init', '-q'], ['add', '.'], ['commit', '-q', '-m', 'all']):
+        subprocess.run([*git, *args], cwd=folder, check=True)
+
+
 def ci(tmp_path, **env):
     "`.ci/run` of a small repository that has a neighbour, with a stand-in for make."
-    project = tmp_path/'project'
-    for folder in (project/'.ci', tmp_path/'bin', tmp_path/'neighbour', tmp_path/'tmp'): folder.mkdir(parents=True, exist_ok=True)
+    project, programs, temporary = tmp_path/'project', tmp_path/'bin', tmp_path/'tmp'
+    for folder in (project/'.ci', programs, temporary, tmp_path/'neighbour'): folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(root/'.ci'/'run', project/'.ci'/'run')
     (project/'committed').write_text('')
-    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b']
-    for args in (['init', '-q'], ['add', '.'], ['commit', '-q', '-m', 'all']): subprocess.run([*git, *args], cwd=project, check=True)
+    commit_all(project)
     (project/'untracked').write_text('')
-    (tmp_path/'bin'/'make').write_text(MAKE)
-    (tmp_path/'bin'/'make').chmod(0o755)
-    env = os.environ | dict(PATH=f'{tmp_path/"bin"}:{os.environ["PATH"]}', CALLS=str(tmp_path/'calls'), TMPDIR=str(tmp_path/'tmp')) | env
-    done = subprocess.run(['bash', project/'.ci'/'run'], text=True, capture_output=True, env=env, cwd=tmp_path)
-    assert not [*(tmp_path/'tmp').iterdir()]
+    (programs/'make').write_text(MAKE)
+    (programs/'make').chmod(0o755)
+
+    known = dict(PATH=f'{programs}:{os.environ["PATH"]}', CALLS=str(tmp_path/'calls'), TMPDIR=str(temporary))
+    done = subprocess.run(['bash', project/'.ci'/'run'], text=True, capture_output=True, cwd=tmp_path,
+                          env=os.environ | known | env)
+    assert not [*temporary.iterdir()]
     return done
 
 
 @pytest.mark.parametrize('closing, code', [
-    ('412 passed, 3 skipped in 612.34s (0:10:12)', 0), ('1 failed, 411 passed in 600.01s (0:10:00)', 2), ('411 passed, 5 errors in 60.01s (0:01:00)', 2)])
+    pytest.param('412 passed, 3 skipped in 612.34s (0:10:12)', 0, id='passed'),
+    pytest.param('1 failed, 411 passed in 600.01s (0:10:00)', 2, id='failed'),
+    pytest.param('411 passed, 5 errors in 60.01s (0:01:00)', 2, id='errors')])
 def test_ci_runs_in_a_clone_that_stands_alone(tmp_path, closing, code):
     done = ci(tmp_path, CLOSING=closing, TEST=str(code))
     assert done.returncode == code and done.stdout.splitlines()[-1] == closing, done
-    assert (tmp_path/'calls').read_text().splitlines() == [f'{what} with committed beside clone' for what in ('check', 'test')]
+    calls = (tmp_path/'calls').read_text().splitlines()
+    assert calls == ['check with committed beside clone', 'test with committed beside clone']
 
 
 def test_ci_ends_where_the_check_fails(tmp_path):
     done = ci(tmp_path, CLOSING='412 passed in 1.00s', CHECK='3')
-    assert done.returncode == 3 and 'passed' not in done.stdout and 'did not come to their end' in done.stdout
+    assert done.returncode == 3
+    assert 'passed' not in done.stdout and 'did not come to their end' in done.stdout

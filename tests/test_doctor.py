@@ -10,7 +10,8 @@ from rlhf_flant5.training.build import load_data
 
 
 def pair(question, good, bad):
-    return dict(chosen=f'\n\nHuman: {question}\n\nAssistant: {good}', rejected=f'\n\nHuman: {question}\n\nAssistant: {bad}')
+    begin = f'\n\nHuman: {question}\n\nAssistant: '
+    return dict(chosen=begin + good, rejected=begin + bad)
 
 
 well = [pair(f'What is {i} and {i}?', f'It is {2*i}.', 'No idea.') for i in range(40)]

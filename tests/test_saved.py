@@ -15,28 +15,37 @@ from test_runs import full_disk
 
 def toy_model(seed=0):
     torch.manual_seed(seed)
-    return RewardFromAttentionPooledEncoder(Backbone(toy_transformer(cls=T5EncoderModel)), pooling_output_dim=8, n_blocks_to_use=2, readout_additional_layers=[])
+    backbone = Backbone(toy_transformer(cls=T5EncoderModel))
+    settings = dict(pooling_output_dim=8, n_blocks_to_use=2, readout_additional_layers=[])
+    return RewardFromAttentionPooledEncoder(backbone, **settings)
 
 
 @pytest.fixture(scope='module')
 def models(): return toy_model(), toy_model(1)
 
 
+def rename_but(nth, instead):
+    "`os.rename` that calls `instead` before the nth time."
+    rename, calls = os.rename, iter(range(1, 100))
+    def renamed(*args):
+        if next(calls) == nth: instead()
+        rename(*args)
+    return renamed
+
+
 def killed_at_rename(f, nth):
     "Call `f` in a process of its own that is killed when it is about to rename for the nth time."
-    pid, rename, calls = os.fork(), os.rename, iter(range(1, 100))
+    pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    def armed(*args):
-        if next(calls) == nth: os.kill(os.getpid(), signal.SIGKILL)
-        rename(*args)
-    os.rename = armed
+    os.rename = rename_but(nth, lambda: os.kill(os.getpid(), signal.SIGKILL))
     try: f()
     finally: os._exit(1)
 
 
-@pytest.mark.parametrize('nth', [1, 2])
+@pytest.mark.parametrize('nth', [1, 2], ids=['before the old one is set aside', 'before the new one is in its place'])
 def test_a_kill_keeps_the_old_model(tmp_path, models, nth):
-    "Whoever is killed while he saves over a model has the old one still, or gets it back with the next look at the folder."
+    """Whoever is killed while he saves over a model has the old one still,
+    or gets it back with the next look at the folder."""
     old, new = models
     old.save_pretrained(tmp_path/'model', toy_tokenizer())
     before = (tmp_path/'model'/'model.safetensors').read_bytes()
@@ -51,18 +60,18 @@ def test_an_error_keeps_the_old_model(tmp_path, models, monkeypatch):
     old, new = models
     old.save_pretrained(tmp_path/'model', toy_tokenizer())
     before = (tmp_path/'model'/'model.safetensors').read_bytes()
-    rename, calls = os.rename, iter(range(1, 100))
-    def refused(*args):
-        if next(calls) == 2: raise OSError(30, 'Read-only file system')
-        rename(*args)
+    def refuse(): raise OSError(30, 'Read-only file system')
     with monkeypatch.context() as m:
-        m.setattr(os, 'rename', refused)
+        m.setattr(os, 'rename', rename_but(2, refuse))
         with pytest.raises(OSError, match='Read-only'): new.save_pretrained(tmp_path/'model', toy_tokenizer())
     assert (tmp_path/'model'/'model.safetensors').read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ['model']
 
 
-@pytest.mark.parametrize('umask, file, folder', [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)])
+@pytest.mark.parametrize('umask, file, folder', [
+    pytest.param(0o022, 0o644, 0o755, id='all may read'),
+    pytest.param(0o077, 0o600, 0o700, id='the owner alone'),
+    pytest.param(0o002, 0o664, 0o775, id='the group may write')])
 def test_rights_follow_the_umask(tmp_path, models, umask, file, folder):
     "Weights beside the rest: a model, a readout alone, a plain T5."
     old = os.umask(umask)
@@ -71,7 +80,8 @@ def test_rights_follow_the_umask(tmp_path, models, umask, file, folder):
         save_weights(models[0], tmp_path/'readout', {}, dict(a=torch.ones(2)))
         export_backbone(tmp_path/'model', tmp_path/'t5')
     finally: os.umask(old)
-    own = [p for f in ('model', 'readout', 't5') for p in (tmp_path/f, *(tmp_path/f).rglob('*'))]
+    folders = [tmp_path/name for name in ('model', 'readout', 't5')]
+    own = [path for top in folders for path in (top, *top.rglob('*'))]
     assert sum(p.name == 'model.safetensors' for p in own) == 3
     rights = {(p.is_dir(), stat.S_IMODE(p.stat().st_mode)) for p in own}
     assert rights == {(True, folder), (False, file)}

@@ -14,33 +14,70 @@ from .pairs import turns
 SPEAKERS = dict(user='Human', assistant='Assistant')
 _begins = re.compile(r'\s*\n\n(Human|Assistant):')
 
+def _read_message(i, m): # role, content
+    role, content = (m.get('role'), m.get('content')) if isinstance(m, dict) else (None, None)
+    if not isinstance(content, str) or role not in ('system', *SPEAKERS):
+        raise ConfigError(f'message {i}: {m!r:.80}: must be '
+                          '{"role": "system", "user" or "assistant", "content": a text}')
+    return role, content.strip()
+
+# %% ../../nbs/10_data/12_dialogue.ipynb #976a4298
 def _of_messages(messages) -> str:
     "Messages as one text."
     text, system = '', ''
     for i, m in enumerate(messages):
-        role, said = (m.get('role'), m.get('content')) if isinstance(m, dict) else (None, None)
-        if not isinstance(said, str) or role not in ('system', *SPEAKERS): raise ConfigError(f'message {i}: {m!r:.80}: must be {{"role": "system", "user" or "assistant", "content": a text}}')
-        if role == 'system': system += said.strip() + '\n\n'; continue
-        if system and role == 'assistant': raise ConfigError(f'message {i}: the assistant answers a system message; a user message must stand between them')
-        text += f'\n\n{SPEAKERS[role]}: {system}{said.strip()}'; system = ''
+        role, content = _read_message(i, m)
+        if role == 'system':
+            system += content + '\n\n'
+            continue
+        if system and role == 'assistant':
+            raise ConfigError(f'message {i}: the assistant answers a system message; '
+                              'a user message must stand between them')
+        text += f'\n\n{SPEAKERS[role]}: {system}{content}'
+        system = ''
     if system: raise ConfigError('messages end with a system message; a user message must follow it')
     return text
 
+# %% ../../nbs/10_data/12_dialogue.ipynb #431ea18f
+def _of_prompt(prompt, has_response) -> str:
+    "A prompt as one text, without the open mark at its end if a response follows."
+    if isinstance(prompt, list): text = _of_messages(prompt)
+    elif not has_response or _begins.match(prompt): text = prompt
+    else: text = f'\n\nHuman: {prompt.strip()}' if prompt.strip() else ''
+    return text.rstrip().removesuffix('\n\nAssistant:') if has_response else text
+
+def _check_prompt(text): # it is to be answered
+    if not turns(text): raise ConfigError('the prompt is empty; give what the response answers')
+    if turns(text)[-1][0] != 'Human':
+        raise ConfigError(f'the prompt ends with a turn of the assistant ({text[-40:]!r}); it must end with '
+                          "what the human says, or with an open '\\n\\nAssistant:'")
+
+# %% ../../nbs/10_data/12_dialogue.ipynb #4dd80b7d
+def _check_dialogue(text):
+    parts = turns(text)
+    if not parts:
+        raise ConfigError(f"no turn in {text[:40]!r}: a text must hold '\\n\\nHuman:' or '\\n\\nAssistant:'; "
+                          'give a plain question and its answer apart, as score(prompts, responses)')
+    if parts[-1][0] != 'Assistant':
+        raise ConfigError(f"the last turn is the human's ({text[-40:]!r}); "
+                          'what is scored is a response of the assistant')
+    bad = next((c for c in text if '\ud800' <= c <= '\udfff'), None)
+    if bad:
+        raise ConfigError(f'the text holds {bad!r}, half of a surrogate pair, which is no character; remove it')
+
 # %% ../../nbs/10_data/12_dialogue.ipynb #ba0fc04b
-def dialogue(prompt:str|list[dict],            # a plain question, a dialogue that begins with `\n\nHuman:` or `\n\nAssistant:`, or messages {role, content}
-             response:str|list[dict]|None=None # what is to be scored; messages of the assistant, too; None: the prompt holds it
-            ) -> str: # as HH-RLHF writes it
-    "A dialogue as one text. Raises `ConfigError` where it is not clear who says what."
+def dialogue(
+    prompt:str|list[dict],             # a plain question, a dialogue that begins with a mark, or messages
+    response:str|list[dict]|None=None  # what is to be scored; None: the prompt holds it
+) -> str: # as HH-RLHF writes it
+    """A dialogue as one text; messages are {role, content}.
+    Raises `ConfigError` where it is not clear who says what."""
     if not isinstance(prompt, (str, list)) or not isinstance(response, (str, list, type(None))):
-        raise ConfigError(f'prompt of type {type(prompt).__name__}, response of type {type(response).__name__}: each must be a text or a list of messages')
-    text = _of_messages(prompt) if isinstance(prompt, list) else prompt if response is None or _begins.match(prompt) else f'\n\nHuman: {prompt.strip()}' * bool(prompt.strip())
+        raise ConfigError(f'prompt of type {type(prompt).__name__}, response of type {type(response).__name__}: '
+                          'each must be a text or a list of messages')
+    text = _of_prompt(prompt, response is not None)
     if response is not None:
-        text = text.rstrip().removesuffix('\n\nAssistant:')
-        if not turns(text): raise ConfigError('the prompt is empty; give what the response answers')
-        if turns(text)[-1][0] != 'Human': raise ConfigError(f'the prompt ends with a turn of the assistant ({text[-40:]!r}); it must end with what the human says, or with an open \'\\n\\nAssistant:\'')
+        _check_prompt(text)
         text += _of_messages(response) if isinstance(response, list) else f'\n\nAssistant: {response.strip()}'
-    said = turns(text)
-    if not said: raise ConfigError(f"no turn in {text[:40]!r}: a text must hold '\\n\\nHuman:' or '\\n\\nAssistant:'; give a plain question and its answer apart, as score(prompts, responses)")
-    if said[-1][0] != 'Assistant': raise ConfigError(f'the last turn is the human\'s ({text[-40:]!r}); what is scored is a response of the assistant')
-    if (bad := next((c for c in text if '\ud800' <= c <= '\udfff'), None)): raise ConfigError(f'the text holds {bad!r}, half of a surrogate pair, which is no character; remove it')
+    _check_dialogue(text)
     return text

@@ -14,10 +14,22 @@ from .pairs import first_human_turn, n_shared, turns
 def measure(row:dict # a pair with `chosen_ids` and `rejected_ids`
            ) -> dict:
     "What we want to know of a pair: its first human turn, its replies, and numbers."
-    chosen, rejected, a, b = turns(row['chosen']), turns(row['rejected']), row['chosen_ids'], row['rejected_ids']
-    return dict(subset=row['subset'], first=first_human_turn(row['chosen']), reply_c=chosen[-1][1], reply_r=rejected[-1][1],
-                n_turns=len(chosen), tokens_c=len(a), tokens_r=len(b), longest=max(len(a), len(b)), front=n_shared(a, b), back=n_shared(a[::-1], b[::-1]),
-                ends_on_human='Human' in (chosen[-1][0], rejected[-1][0]), parts_early=chosen[:-1] != rejected[:-1])
+    chosen, rejected = turns(row['chosen']), turns(row['rejected'])
+    ids_c, ids_r = row['chosen_ids'], row['rejected_ids']
+    last_c, last_r = chosen[-1], rejected[-1]               # (speaker, words)
+    return dict(
+        subset=row['subset'],
+        first=first_human_turn(row['chosen']),
+        reply_c=last_c[1],
+        reply_r=last_r[1],
+        n_turns=len(chosen),
+        tokens_c=len(ids_c),
+        tokens_r=len(ids_r),
+        longest=max(len(ids_c), len(ids_r)),
+        front=n_shared(ids_c, ids_r),                       # tokens in common at the beginning
+        back=n_shared(ids_c[::-1], ids_r[::-1]),            # and at the end
+        ends_on_human='Human' in (last_c[0], last_r[0]),
+        parts_early=chosen[:-1] != rejected[:-1])           # before the last reply
 
 # %% ../../nbs/10_data/17_duplicates.ipynb #2b95715e
 def shingles(text:str, n:int=5) -> set[tuple]:
@@ -25,16 +37,28 @@ def shingles(text:str, n:int=5) -> set[tuple]:
     words = re.findall(r'\w+', text.lower())
     return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
 
+def _index(runs, least): # run -> positions of the texts that have it among their rarest
+    counts = Counter(run for some in runs for run in some)
+    index = defaultdict(list)
+    for i, some in enumerate(runs):
+        by_rarity = sorted(some, key=lambda run: (counts[run], run))
+        n_needed = len(some) - math.ceil(least*len(some)) + 1
+        for run in by_rarity[:n_needed]: index[run].append(i)
+    return index
+
+# %% ../../nbs/10_data/17_duplicates.ipynb #0ac6557b
 def near_equal(texts:list[str], # looked up; the fewer of the two
                others:list[str],
                least:float=.8   # Jaccard's index of their shingles
               ) -> list[tuple[int, int]]: # positions in both
     "Pairs of nearly equal texts, all of them (prefix filtering: Bayardo et al. 2007, doi:10.1145/1242572.1242591)."
-    runs, index, found = [shingles(t) for t in texts], defaultdict(list), []
-    count = Counter(s for r in runs for s in r)
-    for i, r in enumerate(runs):
-        for s in sorted(r, key=lambda s: (count[s], s))[:len(r) - math.ceil(least*len(r)) + 1]: index[s].append(i)
-    for j, text in enumerate(others):
-        b = shingles(text)
-        found += [(i, j) for i in sorted({i for s in b for i in index.get(s, ())}) if len(runs[i] & b) >= least*len(runs[i] | b)]
+    runs = [shingles(t) for t in texts]
+    index = _index(runs, least)
+    found = []
+    for j, other in enumerate(others):
+        b = shingles(other)
+        candidates = {i for run in b for i in index.get(run, ())}
+        for i in sorted(candidates):
+            a = runs[i]
+            if len(a & b) >= least*len(a | b): found.append((i, j))
     return found

@@ -18,33 +18,54 @@ from ..core.files import ConfigError, first_line
 from ..core.hub import resolve_folder
 from .dialogue import dialogue
 from .layouts import FIELDS, READS
-from .pairs import check_row, read_pairs, try_rows
+from .pairs import check_row, keys_of, read_pairs, try_rows
 from .toy import toy_pairs
 
+# %% ../../nbs/10_data/16_formats.ipynb #3aaf1d95
+FORMATS = {                                     # (prompt, chosen and rejected) -> its name
+    ('nothing', 'text'): "HH-RLHF's dialogues",
+    ('text', 'text'): 'a prompt and responses, texts',
+    ('conversation', 'answer'): "TRL's conversational format",
+    ('nothing', 'conversation'): "TRL's conversational format, prompt implicit",
+    ('text', 'answer'): 'a prompt, and responses as messages',
+    ('conversation', 'text'): 'a prompt of messages, and responses as texts',
+    ('text', 'conversation'): 'whole conversations, with their prompt beside'}
+
+def _kind(value):
+    if value is None: return 'nothing'
+    if isinstance(value, str): return 'text'
+    if not isinstance(value, list): return type(value).__name__
+    by_assistant = value and isinstance(value[0], dict) and value[0].get('role') == 'assistant'
+    return 'answer' if by_assistant else 'conversation'
+
 # %% ../../nbs/10_data/16_formats.ipynb #f6ef1eec
-FORMATS = {('nothing', 'text'): "HH-RLHF's dialogues", ('text', 'text'): 'a prompt and responses, texts', ('conversation', 'answer'): "TRL's conversational format",
-           ('nothing', 'conversation'): "TRL's conversational format, prompt implicit", ('text', 'answer'): 'a prompt, and responses as messages', ('conversation', 'text'): 'a prompt of messages, and responses as texts',
-           ('text', 'conversation'): 'whole conversations, with their prompt beside'}   # (prompt, chosen and rejected) -> its name
-
-def _kind(v):
-    if v is None: return 'nothing'
-    if not isinstance(v, list): return 'text' if isinstance(v, str) else type(v).__name__
-    return 'answer' if v and isinstance(v[0], dict) and v[0].get('role') == 'assistant' else 'conversation'
-
 def row_format(row, where:str) -> tuple[str, str]: # a key of `FORMATS`
     "What a row looks like. Raises `ConfigError` naming `where` for none of the layouts."
-    if not isinstance(row, dict): raise ConfigError(f'{where}: a row must be a JSON object with chosen and rejected, this is {type(row).__name__}')
-    if missing := [k for k in ('chosen', 'rejected') if row.get(k) is None]: raise ConfigError(f'{where}: no {" and no ".join(missing)}; a row needs both, this one has {", ".join(map(repr, row)) or "nothing"}')
+    if not isinstance(row, dict):
+        raise ConfigError(f'{where}: a row must be a JSON object with chosen and rejected, '
+                          f'this is {type(row).__name__}')
+    missing = [k for k in ('chosen', 'rejected') if row.get(k) is None]
+    if missing:
+        raise ConfigError(f'{where}: no {" and no ".join(missing)}; a row needs both, this one has {keys_of(row)}')
     prompt, chosen, rejected = (_kind(row.get(k)) for k in ('prompt', 'chosen', 'rejected'))
     if chosen != rejected or (prompt, chosen) not in FORMATS:
-        raise ConfigError(f'{where}: prompt is {prompt}, chosen {chosen}, rejected {rejected}; a row holds two HH-RLHF dialogues, a prompt and two responses (texts or messages of the assistant), or two conversations')
+        raise ConfigError(f'{where}: prompt is {prompt}, chosen {chosen}, rejected {rejected}; '
+                          'a row holds two HH-RLHF dialogues, a prompt and two responses '
+                          '(texts or messages of the assistant), or two conversations')
     return prompt, chosen
 
-# %% ../../nbs/10_data/16_formats.ipynb #2c32d4e1
-def _text(row, format, side): # one dialogue
+# %% ../../nbs/10_data/16_formats.ipynb #8c73b246
+def _dialogue_of(row, format, side):
     if format == ('nothing', 'text'): return row[side]
-    return dialogue(row[side]) if format[1] == 'conversation' else dialogue(row['prompt'], row[side])
+    if format[1] == 'conversation': return dialogue(row[side])
+    return dialogue(row['prompt'], row[side])
 
+def _check_name(value, name, where): # `value`: in the row, `name`: what becomes of it
+    is_one = not isinstance(value, (dict, list)) and name.isprintable() and 0 < len(name) <= 1000
+    if not is_one:
+        raise ConfigError(f'{where} {value!r:.80}: must be a name of 1 to 1,000 printable characters')
+
+# %% ../../nbs/10_data/16_formats.ipynb #2c32d4e1
 def as_pair(row:dict,
             format:tuple[str, str], # of `row_format`
             where:str,              # begins a message
@@ -52,20 +73,23 @@ def as_pair(row:dict,
             id:str                  # where the row has none
            ) -> dict: # id, subset, chosen, rejected
     "A row of any layout as a pair of HH-RLHF's dialogues. Raises `ConfigError` naming `where`."
-    pair = dict(id=str(id if row.get('id') is None else row['id']), subset=str(row.get('subset') or subset))
-    for k, v in pair.items():
-        if isinstance(row.get(k), (dict, list)) or not v.isprintable() or not 0 < len(v) <= 1000: raise ConfigError(f'{where}: {k} {row.get(k)!r:.80}: must be a name of 1 to 1,000 printable characters')
+    own_id = row.get('id')
+    pair = dict(id=str(id if own_id is None else own_id), subset=str(row.get('subset') or subset))
+    for k, name in pair.items(): _check_name(row.get(k), name, f'{where}: {k}')
     for side in ('chosen', 'rejected'):
-        try: pair[side] = _text(row, format, side)
+        try: pair[side] = _dialogue_of(row, format, side)
         except ConfigError as e: raise ConfigError(f'{where}: {side}: {e}') from None
     check_row(pair, where)
     return pair
 
-# %% ../../nbs/10_data/16_formats.ipynb #7cfcbd64
+# %% ../../nbs/10_data/16_formats.ipynb #f6a44438
 def _renamed(row, columns, where): # with the names of `FIELDS`
     if not columns or not isinstance(row, dict): return row
-    if absent := [c for c in columns.values() if c not in row]: raise ConfigError(f'{where}: no column {", ".join(map(repr, absent))}; this row has {", ".join(map(repr, row)) or "nothing"}')
-    return {k: v for k, v in row.items() if k not in {*columns, *columns.values()}} | {ours: row[theirs] for ours, theirs in columns.items()}
+    absent = [c for c in columns.values() if c not in row]
+    if absent:
+        raise ConfigError(f'{where}: no column {", ".join(map(repr, absent))}; this row has {keys_of(row)}')
+    others = {k: v for k, v in row.items() if k not in {*columns, *columns.values()}}
+    return others | {ours: row[theirs] for ours, theirs in columns.items()}
 
 def _plain(v): # as JSON can hold it
     if isinstance(v, dict): return {str(k): _plain(x) for k, x in v.items()}
@@ -74,45 +98,70 @@ def _plain(v): # as JSON can hold it
     if isinstance(v, float) and not math.isfinite(v): return None
     return v if isinstance(v, (str, int, float, type(None))) else str(v)
 
-def pairs_of_rows(rows,                  # (number, row or `ConfigError`) of each
-                  source:str,            # begins a message
-                  stem:str='pairs',      # subset where a row names none, and beginning of an id
-                  columns:dict|None=None,# of `FIELDS`, the names that the rows have for them
-                  tolerate:float=0,      # at most this share of bad rows is left out
-                  bad:list|None=None     # gets what is wrong with each of them
-                 ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, and `own` if there are others; the layout's name
+# %% ../../nbs/10_data/16_formats.ipynb #cb3d305a
+class _Reader:
+    "Reads rows one by one; the first good one decides the layout."
+    def __init__(self, stem, columns):
+        self.stem, self.columns = stem, columns
+        self.format, self.places = None, {}              # a key of `FORMATS`; id -> row it was seen in
+
+    def read(self, row, k, where): # -> id, subset, chosen, rejected, and `own` if there are other columns
+        row = _renamed(row, self.columns, where)
+        format = row_format(row, where)
+        if format != (self.format or format):
+            raise ConfigError(f'{where}: {FORMATS[format]}, but the file began with {FORMATS[self.format]}; '
+                              'all rows must be alike')
+        pair = as_pair(row, format, where, self.stem, f'{self.stem}:{k}')
+        if pair['id'] in self.places:
+            raise ConfigError(f'{where}: id {pair["id"]!r} stands in line {self.places[pair["id"]]} too; '
+                              'give each pair its own, or leave the column out')
+        own = {name: _plain(v) for name, v in row.items() if name not in FIELDS}
+        self.format, self.places[pair['id']] = format, k
+        return pair | (dict(own=own) if own else {})
+
+# %% ../../nbs/10_data/16_formats.ipynb #dd259973
+def _check_share(bad, n, tolerate): # of bad rows
+    if bad and len(bad) > tolerate*n:
+        raise ConfigError(f'{bad[0]} (the first of {len(bad):,} bad rows of {n:,}, '
+                          f'more than the share of {tolerate:g} that is tolerated)')
+
+# %% ../../nbs/10_data/16_formats.ipynb #7cfcbd64
+def pairs_of_rows(rows,                   # (number, row or `ConfigError`) of each
+                  source:str,             # begins a message
+                  stem:str='pairs',       # subset where a row names none, and beginning of an id
+                  columns:dict|None=None, # of `FIELDS`, the names that the rows have for them
+                  tolerate:float=0,       # at most this share of bad rows is left out
+                  bad:list|None=None      # gets what is wrong with each of them
+                 ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "Rows of one of the layouts, which the first good row decides. Raises `ConfigError` naming the row."
-    found, ids, format, bad, n = [], {}, None, [] if bad is None else bad, 0
+    reader, found, n = _Reader(stem, columns), [], 0
+    bad = [] if bad is None else bad
     for n, (k, row) in enumerate(rows, 1):
-        where = f'{source}:{k}'
         try:
             if isinstance(row, ConfigError): raise row
-            row = _renamed(row, columns, where)
-            layout = row_format(row, where)
-            if layout != (format or layout): raise ConfigError(f'{where}: {FORMATS[layout]}, but the file began with {FORMATS[format]}; all rows must be alike')
-            pair = as_pair(row, layout, where, stem, f'{stem}:{k}')
-            if pair['id'] in ids: raise ConfigError(f'{where}: id {pair["id"]!r} stands in line {ids[pair["id"]]} too; give each pair its own, or leave the column out')
+            found.append(reader.read(row, k, f'{source}:{k}'))
         except ConfigError as e:
             if not tolerate: raise
             bad.append(e)
-            continue
-        own = {name: _plain(v) for name, v in row.items() if name not in FIELDS}
-        format, ids[pair['id']] = layout, k
-        found.append(pair | (dict(own=own) if own else {}))
-    if bad and len(bad) > tolerate*n: raise ConfigError(f'{bad[0]} (the first of {len(bad):,} bad rows of {n:,}, more than the share of {tolerate:g} that is tolerated)')
+    _check_share(bad, n, tolerate)
     if not found: raise ConfigError(f'{source}: no row; give one pair at least')
-    return pd.DataFrame(found), FORMATS[format]
+    return pd.DataFrame(found), FORMATS[reader.format]
 
-# %% ../../nbs/10_data/16_formats.ipynb #ac96e964
+# %% ../../nbs/10_data/16_formats.ipynb #60f42425
 def _parquet(path):
     try: return pq.read_table(path).to_pylist()
-    except (ArrowException, OSError, ValueError) as e: raise ConfigError(f'{path}: cannot be read as Parquet ({first_line(e)}); fetch it again') from None      # ValueError: a text that is no UTF-8
+    except (ArrowException, OSError, ValueError) as e:      # ValueError: a text that is no UTF-8
+        raise ConfigError(f'{path}: cannot be read as Parquet ({first_line(e)}); fetch it again') from None
 
 def _csv(path): # texts; an empty cell is none
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except (OSError, ValueError) as e: raise ConfigError(f'{path}: cannot be read as CSV ({first_line(e)}); it must be UTF-8 with a line of column names') from None
-    return [{k: v for k, v in row.items() if isinstance(v, str) and v} for row in table.to_dict('records')]
+    except (OSError, ValueError) as e:
+        raise ConfigError(f'{path}: cannot be read as CSV ({first_line(e)}); '
+                          'it must be UTF-8 with a line of column names') from None
+    def filled(row): return {k: v for k, v in row.items() if isinstance(v, str) and v}
+    return [filled(row) for row in table.to_dict('records')]
 
+# %% ../../nbs/10_data/16_formats.ipynb #ac96e964
 def _file_rows(path): # (number, row or `ConfigError`)
     if path.suffix not in ('.csv', '.parquet'):
         yield from try_rows(path, check=lambda row, where: None)
@@ -123,29 +172,40 @@ def _file_rows(path): # (number, row or `ConfigError`)
 
 def read_pair_file(path:Path, # of one of `READS`
                    **kwargs   # of `pairs_of_rows`
-                  ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, and `own` if there are others; the layout's name
+                  ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "The pairs in a file of one of the layouts, which the first row decides. Raises `ConfigError` naming file and line."
     path = Path(path)
-    return pairs_of_rows(_file_rows(path), str(path), path.name.removesuffix('.gz').rsplit('.', 1)[0], **kwargs)
+    stem = path.name.removesuffix('.gz').rsplit('.', 1)[0]
+    return pairs_of_rows(_file_rows(path), str(path), stem, **kwargs)
 
-# %% ../../nbs/10_data/16_formats.ipynb #f99e0a5b
-def _kinds(split): return f'{", ".join(READS)} files, folders with <subset>/{split}.jsonl.gz, such data sets of the hub, and toy'
+# %% ../../nbs/10_data/16_formats.ipynb #029c334c
+def _kinds(split):
+    return f'{", ".join(READS)} files, folders with <subset>/{split}.jsonl.gz, such data sets of the hub, and toy'
 
 def _hub_folder(name, split, subsets):
     needed = [f'{s}/{split}.jsonl*' for s in subsets]
     try: return resolve_folder(name, 'pairs', needed, needed, 'dataset')
     except ConfigError as e:
-        seen = str(e).removeprefix(f'pairs={name}: ').split('; point it at')[0]
-        raise ConfigError(f'{name}: {seen}; evaluate reads {_kinds(split)}') from None
+        reason = str(e).removeprefix(f'pairs={name}: ').split('; point it at')[0]
+        raise ConfigError(f'{name}: {reason}; evaluate reads {_kinds(split)}') from None
 
+# %% ../../nbs/10_data/16_formats.ipynb #38663919
+def _subsets_in(folder, name, split, wanted): # those wanted, or all there are
+    there = sorted({f.parent.name for f in folder.glob(f'*/{split}.jsonl*')})
+    if not there:
+        raise ConfigError(f'{name}: no <subset>/{split}.jsonl.gz in this folder; evaluate reads {_kinds(split)}')
+    absent = sorted({*(wanted or there)} - {*there})
+    if absent:
+        raise ConfigError(f'{name}: no subset {", ".join(absent)} with a {split}.jsonl.gz; '
+                          f'there are {", ".join(there)}')
+    return wanted or there
+
+# %% ../../nbs/10_data/16_formats.ipynb #3fbca822
 def _folder_pairs(name, split, subsets, counts):
     folder, read = Path(os.path.expanduser(name)), defaultdict(Counter)
-    if os.path.isfile(folder): raise ConfigError(f'{name}: a file of another kind; evaluate reads {_kinds(split)}')
-    if os.path.isdir(folder):
-        there = sorted({f.parent.name for f in folder.glob(f'*/{split}.jsonl*')})
-        if not there: raise ConfigError(f'{name}: no <subset>/{split}.jsonl.gz in this folder; evaluate reads {_kinds(split)}')
-        if absent := sorted({*(subsets or there)} - {*there}): raise ConfigError(f'{name}: no subset {", ".join(absent)} with a {split}.jsonl.gz; there are {", ".join(there)}')
-        subsets = subsets or there
+    if os.path.isfile(folder):
+        raise ConfigError(f'{name}: a file of another kind; evaluate reads {_kinds(split)}')
+    if os.path.isdir(folder): subsets = _subsets_in(folder, name, split, subsets)
     else:
         subsets = subsets or list(load_config().data.subdirs)
         folder = _hub_folder(name, split, subsets)
@@ -153,33 +213,52 @@ def _folder_pairs(name, split, subsets, counts):
     for s in subsets: counts[s].update(read[f'{s}/{split}'])
     return pairs
 
+# %% ../../nbs/10_data/16_formats.ipynb #97db94b1
+def _choose(pairs, name, subsets, counts): # of `subsets`, without pairs of two equal texts
+    absent = set(subsets or ()) - set(pairs.subset)
+    if absent:
+        raise ConfigError(f'{name}: no subset {", ".join(sorted(absent))}; '
+                          f'there are {", ".join(sorted({*pairs.subset}))}')
+    pairs = pairs[pairs.subset.isin(subsets or pairs.subset)]
+    equal = pairs.chosen == pairs.rejected
+    for s, e in zip(pairs.subset, equal): counts[s].update({'read': 1, 'equal texts': int(e)})
+    if equal.all(): raise ConfigError(f'{name}: no pair of two different texts')
+    return pairs[~equal].reset_index(drop=True)
+
+def _check_options(name, tolerate=0, columns=None, bad=None): # of what is no file
+    if tolerate or columns:
+        raise ConfigError(f'{name}: bad rows are tolerated and columns are named for a file alone '
+                          f'({", ".join(READS)}); leave the options out')
+
+# %% ../../nbs/10_data/16_formats.ipynb #f99e0a5b
 def load_pairs(name:str,                    # `toy`, a file, a folder in the hub's layout, or an id of the hub
                split:str='test',            # train or test; a file has none
                subsets:list[str]|None=None, # None: all there are (of the hub, those of the configuration)
                counts:dict|None=None,       # gets a Counter for each subset
                **kwargs                     # of `pairs_of_rows`, for a file
-              ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, and `own` if there are others; the layout's name
+              ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "Pairs to evaluate on; pairs of two equal texts are dropped. Raises `ConfigError` in one line."
-    counts, is_file = defaultdict(Counter) if counts is None else counts, name.endswith(READS)
-    if (kwargs.get('tolerate') or kwargs.get('columns')) and not is_file: raise ConfigError(f'{name}: bad rows are tolerated and columns are named for a file alone ({", ".join(READS)}); leave the options out')
-    if name != 'toy' and not is_file: return _folder_pairs(name, split, subsets, counts), FORMATS['nothing', 'text']
+    counts = defaultdict(Counter) if counts is None else counts
+    is_file = name.endswith(READS)
+    if not is_file: _check_options(name, **kwargs)
     if is_file: pairs, format = read_pair_file(os.path.expanduser(name), **kwargs)
-    else: pairs, format = toy_pairs(split=split).to_pandas()[['id', 'subset', 'chosen', 'rejected']], 'the toy world'
-    if absent := set(subsets or ()) - set(pairs.subset): raise ConfigError(f'{name}: no subset {", ".join(sorted(absent))}; there are {", ".join(sorted({*pairs.subset}))}')
-    pairs = pairs[pairs.subset.isin(subsets or pairs.subset)]; equal = pairs.chosen == pairs.rejected
-    for s, e in zip(pairs.subset, equal): counts[s].update({'read': 1, 'equal texts': int(e)})
-    if equal.all(): raise ConfigError(f'{name}: no pair of two different texts')
-    return pairs[~equal].reset_index(drop=True), format
+    elif name == 'toy':
+        pairs = toy_pairs(split=split).to_pandas()[['id', 'subset', 'chosen', 'rejected']]
+        format = 'the toy world'
+    else: return _folder_pairs(name, split, subsets, counts), FORMATS['nothing', 'text']
+    return _choose(pairs, name, subsets, counts), format
 
 # %% ../../nbs/10_data/16_formats.ipynb #754fd3e9
+def _value(v): # of a cell of a table: an array as a list, what is missing as None
+    if isinstance(v, np.ndarray): return v.tolist()
+    return None if isinstance(v, float) and math.isnan(v) else v
+
 def pairs_table(pairs # what `load_pairs` gives; or a DataFrame, a data set or a list of rows, in one of the layouts
                ) -> pd.DataFrame: # columns id, subset, chosen, rejected, and `own` if there are others
     "Pairs of any kind as a table. Raises `ConfigError` naming the row for what is none."
     if isinstance(pairs, tuple): return pairs[0]
     rows = pairs.to_dict('records') if isinstance(pairs, pd.DataFrame) else list(pairs)
-    missing = lambda v: v is None or isinstance(v, float) and math.isnan(v)
-    def value(v): return v.tolist() if isinstance(v, np.ndarray) else None if missing(v) else v
-    given = [{k: value(v) for k, v in row.items()} if isinstance(row, dict) else row for row in rows]
-    own = [row.pop('own', None) for row in given if isinstance(row, dict)]
-    table = pairs_of_rows(enumerate(given), 'row')[0]
+    rows = [{k: _value(v) for k, v in row.items()} if isinstance(row, dict) else row for row in rows]
+    own = [row.pop('own', None) for row in rows if isinstance(row, dict)]
+    table, _ = pairs_of_rows(enumerate(rows), 'row')
     return table.assign(own=own) if any(own) else table

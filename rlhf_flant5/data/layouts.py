@@ -5,13 +5,9 @@
 # %% auto #0
 __all__ = ['NAMES', 'FIELDS', 'READS']
 
-# %% ../../nbs/10_data/13_layouts.ipynb #27963df3
-#| export
-
-
 # %% ../../nbs/10_data/13_layouts.ipynb #5ab4a1d7
-NAMES = 'text', 'prompt', 'response', 'messages'      # columns that a row to score may have
+NAMES = 'text', 'prompt', 'response', 'messages'
 
 # %% ../../nbs/10_data/13_layouts.ipynb #7d1c90be
-FIELDS = 'id', 'subset', 'prompt', 'chosen', 'rejected'      # what is read of a row; its other columns are carried along
+FIELDS = 'id', 'subset', 'prompt', 'chosen', 'rejected'
 READS = '.jsonl', '.jsonl.gz', '.csv', '.parquet'

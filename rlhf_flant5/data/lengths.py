@@ -20,7 +20,7 @@ def _draw(n, seed, max_tokens): # prompts, (n, 1), and whole texts, (n, 2), in t
     return prompt[short][:n].astype(int), texts[short][:n]
 
 def like_hh_rlhf(n:int=8192, seed:int=103, max_tokens:int=512) -> np.ndarray: # tokens of both texts, (n, 2)
-    "Lengths of pairs as HH-RLHF has them: log-normal, medians 160 (prompt) and 30 (reply) before long ones are dropped."
+    "Lengths of pairs as HH-RLHF has them: log-normal, with medians 160 (prompt) and 30 (reply) before long ones go."
     return _draw(n, seed, max_tokens)[1]
 
 # %% ../../nbs/10_data/15a_lengths.ipynb #6fb5c11f

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.files import ConfigError, first_line
 from .limits import Limits, Refused
 from .scorer import NotFinite, RewardModel, TOKENS_AT_ONCE
-from .stream import rewards_apart
+from .stream import rewards_or_errors
 
 # %% ../../nbs/60_use/65_batcher.ipynb #50c87c40
 class Failed(Exception): "The model gave no reward."
@@ -107,7 +107,7 @@ def answer(self:Batcher, texts:list[str]) -> list: # a reward for each, or what 
     fitted = [self.fit(ids) for ids in self.model.token_ids(texts)]
     good = [ids for ids in fitted if not isinstance(ids, ConfigError)]
     score = partial(self.model.rewards_of, token_budget=self.token_budget, precision=self.precision)
-    rewards = iter(rewards_apart(score, good, Exception))
+    rewards = iter(rewards_or_errors(score, good, Exception))
     return [ids if isinstance(ids, ConfigError) else _reward_or_error(next(rewards)) for ids in fitted]
 
 # %% ../../nbs/60_use/65_batcher.ipynb #f226ffc7

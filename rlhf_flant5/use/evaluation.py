@@ -48,6 +48,7 @@ def _count_pairs(counts, subsets, over, dropped, equal): # booleans, one a pair
             'cut': int(kept and is_over and not is_equal),
             'scored': int(kept and not is_equal)})
 
+# %% ../../nbs/60_use/62a_evaluation.ipynb #f84b5fe3
 def _rows_to_score(pairs, chosen, rejected, most, too_long, counts): # numbers of rows
     over, equal = np.zeros((2, len(pairs)), dtype=bool)
     for i, (c, r) in enumerate(zip(chosen, rejected)):
@@ -211,6 +212,7 @@ def _conversation_remark(scores):
     return [f'intervals are by conversation: {n:,} pairs of {n_conversations:,} conversations, '
             f'design effect {scores["design_effect"]:.2f}']
 
+# %% ../../nbs/60_use/62a_evaluation.ipynb #01c1d9cb
 def _lost_remark(n_scored, n_pairs, max_tokens):
     n_lost = n_pairs - n_scored
     if n_lost <= n_scored: return []
