@@ -1,7 +1,6 @@
 "The house: folders are rooms on floors, imports point down, programs are imported by nobody."
 import ast
 import json
-from pathlib import Path
 import pytest
 from conftest import root
 
@@ -53,3 +52,9 @@ def test_a_program_stands_at_the_top_and_a_room_in_a_folder():
     assert {p.stem for p in package.glob('*.py')} == programs | {'__init__', '__main__', '_modidx'}
     assert {p.parent.name for p in map(modules.get, programs)} == {'80_programs'}
     assert {name.split('.')[0] for name in modules if '.' in name} <= rooms
+
+
+def test_the_index_names_every_chapter():
+    index = (root/'nbs'/'index.ipynb').read_text(encoding='utf-8')
+    missing = [name for p in notebooks if f']({(name := f"{p.parent.name}/{p.name}")})' not in index]
+    assert not missing
