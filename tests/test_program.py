@@ -1,5 +1,5 @@
 "What all programs share: answers before PyTorch is imported, signals, exit codes, output in any locale."
-import json, os, re, signal, subprocess, sys, time
+import importlib, json, os, re, signal, subprocess, sys, time
 import pytest
 from omegaconf import OmegaConf
 from rlhf_flant5.config import compose, names, schema
@@ -27,39 +27,57 @@ def watched(tmp_path_factory):
 @pytest.mark.parametrize('name', programs.PROGRAMS)
 def test_help_needs_no_torch(watched, name):
     done = watched(f'rlhf_flant5.{name}', '--help', MUST_NOT='torch')
-    assert (done.returncode, done.stderr) == (0, '') and 'imported torch' not in done.stdout
-    assert programs.PROGRAMS[name] in done.stdout and '  75 interrupted by' in done.stdout and '--version' in done.stdout
+    assert (done.returncode, done.stderr) == (0, '')
+    assert 'imported torch' not in done.stdout
+    for part in (programs.PROGRAMS[name], '  75 interrupted by', '--version'): assert part in done.stdout
 
 
-@pytest.mark.parametrize('args, says', [
-    ('train experimnt=toy', "did you mean 'experiment'?"),
-    ('train -m model=decoder_output,layerwise_attention lr=3', 'here it is training.optimizer.init_lr'),
-    ('train experiment=toy training.loop.n_epochs=0', 'must be at least 1'),
-    ('sweep --seads 3', 'did you mean --seeds?'),
-    ('doctor data.nam=x', "did you mean 'data.name'?"),
-    ('evaluate x', 'the following arguments are required: pairs'),
-    ('publish pusch a b', 'invalid choice')])
-def test_mistakes_need_no_torch(watched, args, says):
-    name, *rest = args.split()
+MISTAKES = {
+    'train experimnt=toy': "did you mean 'experiment'?",
+    'train -m model=decoder_output,layerwise_attention lr=3': 'here it is training.optimizer.init_lr',
+    'train experiment=toy training.loop.n_epochs=0': 'must be at least 1',
+    'sweep --seads 3': 'did you mean --seeds?',
+    'doctor data.nam=x': "did you mean 'data.name'?",
+    'evaluate x': 'the following arguments are required: pairs',
+    'publish pusch a b': 'invalid choice'}
+
+
+@pytest.mark.parametrize('command, answer', MISTAKES.items(), ids=MISTAKES)
+def test_mistakes_need_no_torch(watched, command, answer):
+    name, *rest = command.split()
     done = watched(f'rlhf_flant5.{name}', *rest, MUST_NOT='torch')
-    assert done.returncode == 2 and done.stdout == '' and re.fullmatch(r'error: [^\n]*\n', done.stderr), done.stderr
-    assert says in done.stderr
+    assert (done.returncode, done.stdout) == (2, '')
+    assert re.fullmatch(r'error: [^\n]*\n', done.stderr), done.stderr
+    assert answer in done.stderr
 
 
-def test_version_settings_and_the_list(watched):
-    for args, says in (['rlhf_flant5.score', '--version'], 'rlhf_flant5 0.1'), (['rlhf_flant5'], '  sweep        Train readouts'), \
-                      (['rlhf_flant5', 'train', '--help-settings'], 'model.cross_layer_pooling_output_dim=256'), \
-                      (['rlhf_flant5', 'doctor', '--cfg', 'seed=7'], 'seed: 7 '):
-        done = watched(*args, MUST_NOT='torch')
-        assert (done.returncode, done.stderr) == (0, '') and says in done.stdout and 'imported torch' not in done.stdout, done.stdout
+@pytest.mark.parametrize('args, answer', [
+    pytest.param(['rlhf_flant5.score', '--version'], 'rlhf_flant5 0.1', id='version'),
+    pytest.param(['rlhf_flant5'], '  sweep        Train readouts', id='list'),
+    pytest.param(['rlhf_flant5', 'train', '--help-settings'], 'model.cross_layer_pooling_output_dim=256', id='settings'),
+    pytest.param(['rlhf_flant5', 'doctor', '--cfg', 'seed=7'], 'seed: 7 ', id='configuration')])
+def test_answers_need_no_torch(watched, args, answer):
+    done = watched(*args, MUST_NOT='torch')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert answer in done.stdout and 'imported torch' not in done.stdout, done.stdout
+
+
+def test_a_program_that_is_none(watched):
     done = watched('rlhf_flant5', 'trian')
     assert (done.returncode, done.stderr) == (2, "error: 'trian' is no program; did you mean train?\n")
 
 
-@pytest.mark.parametrize('at, by', [('argparse', signal.SIGINT), ('hydra', signal.SIGTERM), ('torch', signal.SIGINT), ('transformers', signal.SIGTERM), ('datasets', signal.SIGINT)])
+@pytest.mark.parametrize('at, by', [
+    ('argparse', signal.SIGINT),
+    ('hydra', signal.SIGTERM),
+    ('torch', signal.SIGINT),
+    ('transformers', signal.SIGTERM),
+    ('datasets', signal.SIGINT)])
 def test_interrupted_while_it_is_imported(watched, at, by, tmp_path):
-    done = watched('rlhf_flant5.train', 'experiment=toy', STOP_AT=at, STOP_BY=str(int(by)), RESULTS_ROOT_DIR=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (75, '', f'interrupted ({by.name})\n') and not [*tmp_path.iterdir()]
+    env = dict(STOP_AT=at, STOP_BY=str(int(by)), RESULTS_ROOT_DIR=str(tmp_path))
+    done = watched('rlhf_flant5.train', 'experiment=toy', **env)
+    assert (done.returncode, done.stdout, done.stderr) == (75, '', f'interrupted ({by.name})\n')
+    assert not [*tmp_path.iterdir()]
 
 
 def test_importing_the_package_is_light():
@@ -71,37 +89,94 @@ def test_importing_the_package_is_light():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         from rlhf_flant5 import RewardModel
         print(*[f for f in ('score', 'compare', 'rank', 'explain') if callable(getattr(RewardModel, f))])'''
-    done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(root)})
+    env = os.environ | {'PYTHONPATH': str(root)}
+    done = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, env=env)
     assert done.stdout == 'score compare rank explain\n', done.stderr
 
 
-@pytest.mark.parametrize('command', ['train -m -j 2 seed=1,2', 'sweep --readouts decoder_output --seeds 1 --transformer frozen --no-baselines'])
-def test_a_killed_process_is_a_failure(command, results, tmp_path, monkeypatch):
+@pytest.fixture
+def python(tmp_path, monkeypatch):
+    "Whatever is started with Python's own name is this shell script."
+    def be(script):
+        path = tmp_path/'python'
+        path.write_text(f'#!/bin/sh\n{script}\n')
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, 'executable', str(path))
+    return be
+
+
+@pytest.mark.parametrize('command', [
+    'train -m -j 2 seed=1,2',
+    'sweep --readouts decoder_output --seeds 1 --transformer frozen --no-baselines'])
+def test_a_killed_process_is_a_failure(command, results, python):
     "-9 of a child is code 1 of its parent, not 0, -9 or 9."
-    import importlib
     name, *args = command.split()
     main = importlib.import_module(f'rlhf_flant5.{name}').main
-    (tmp_path/'python').write_text('#!/bin/sh\nkill -9 $$\n')
-    (tmp_path/'python').chmod(0o755)
-    monkeypatch.setattr(sys, 'executable', str(tmp_path/'python'))
+    python('kill -9 $$')
     assert main([*args, 'experiment=toy', 'sim_man.allow_untracked=true']) == 1
 
 
-def test_what_each_end_means(capsys):
-    @programs.program(lambda: programs.new_parser('publish'), failures=(ArithmeticError,), go_on='again', remedy='make room')
-    def main(args): raise what
-    for what, code, says in ((files.ConfigError('x'), 2, 'error: x'), (FileNotFoundError(2, 'No such file', 'a\x1b'), 2, r'error: a\x1b: No such file'), (OSError(28, 'full', 'a'), 1, 'failed: a: full; make room'),
-                             (ZeroDivisionError('d'), 1, 'failed: d'), (KeyboardInterrupt('SIGTERM'), 75, 'interrupted (SIGTERM); again'), (KeyboardInterrupt(), 75, 'interrupted (SIGINT); again')):
-        assert main([]) == code and capsys.readouterr().err == says + '\n'
-    what = RuntimeError('a mistake of ours')
-    with pytest.raises(RuntimeError): main([])
+@pytest.mark.parametrize('command, line', [
+    ('train -m -j 2 seed=1,2', r'reward-model-\d +threads (\d+)'),
+    ('sweep --readouts decoder_output --seeds 1,2 --transformer trained --no-baselines -j 2', r'threads (\d+)')])
+def test_processes_share_the_cores(command, line, results, python, monkeypatch, capsys):
+    "Both ways of running several at a time give each its share, or what the user has set."
+    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    name, *args = command.split()
+    main = importlib.import_module(f'rlhf_flant5.{name}').main
+    python('echo threads $OMP_NUM_THREADS; exit 0')
+    for given, n_threads in (None, '3'), ('5', '5'):
+        if given: monkeypatch.setenv('OMP_NUM_THREADS', given)
+        else: monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+        assert main([*args, 'experiment=toy', 'sim_man.allow_untracked=true']) == 0
+        assert re.findall(line, capsys.readouterr().out) == [n_threads]*2
+
+
+class Elsewhere(RuntimeError): pass
+
+ENDS = {
+    'a mistake':            (files.ConfigError('x'), 2, 'error: x'),
+    'no such file':         (FileNotFoundError(2, 'No such file', 'a\x1b'), 2, r'error: a\x1b: No such file'),
+    'a full disk':          (OSError(28, 'full', 'a'), 1, 'failed: a: full; make room'),
+    'a named failure':      (ZeroDivisionError('d'), 1, 'failed: d'),
+    'another process ended': (Elsewhere('e'), 1, 'failed: e'),
+    'SIGTERM':              (KeyboardInterrupt('SIGTERM'), 75, 'interrupted (SIGTERM); again'),
+    'Ctrl-C':               (KeyboardInterrupt(), 75, 'interrupted (SIGINT); again')}
+
+def failing(error):
+    "The `main` of a program whose work ends with this error."
+    @programs.program(lambda: programs.new_parser('publish'), failures=(ArithmeticError,), shared=(Elsewhere,),
+                      go_on='again', remedy='make room')
+    def main(args): raise error
+    return main
+
+
+@pytest.mark.parametrize('error, code, line', ENDS.values(), ids=ENDS)
+def test_what_each_end_means(error, code, line, capsys):
+    assert failing(error)([]) == code
+    assert capsys.readouterr().err == line + '\n'
+
+
+@pytest.mark.parametrize('how', ['another process ended', 'SIGTERM', 'Ctrl-C'])
+def test_what_ends_a_group_is_printed_once(how, capsys, monkeypatch):
+    error, code, _ = ENDS[how]
+    monkeypatch.setenv('RANK', '1')
+    assert failing(error)([]) == code
+    assert capsys.readouterr().err == ''
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError): failing(RuntimeError('a mistake of ours'))([])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # names that people bring from other trainers
 
-WORDS = '''learning_rate lr training.learning_rate training.optimizer.lr output_dir report_to gradient_accumulation_steps training.gradient_accumulation_steps
-per_device_train_batch_size num_train_epochs max_length lr_scheduler_type warmup_ratio warmup_steps early_stopping_patience bf16 training.bf16 fp16
+WORDS = '''
+learning_rate lr training.learning_rate training.optimizer.lr output_dir report_to
+gradient_accumulation_steps training.gradient_accumulation_steps
+per_device_train_batch_size num_train_epochs max_length lr_scheduler_type warmup_ratio warmup_steps
+early_stopping_patience bf16 training.bf16 fp16
 save_steps eval_steps model.name hydra.run.dir lora_r data.path'''.split()
 
 
@@ -109,25 +184,39 @@ def test_every_foreign_name_is_answered_with_a_key_that_is_there():
     keys = set(compose._keys_with(()))
     keys |= {'training.optimizer.schedule', 'training.optimizer.warmup'}
     for name, answer in names._foreign.items(): assert ' ' in answer or answer in keys, (name, answer)
-    for foreign in names.FOREIGN: assert foreign == foreign.lower()
+    for name in names.FOREIGN: assert name == name.lower()
     missing = [w for w in WORDS if not {w, w.rpartition('.')[2]} & names._foreign.keys()]
     assert not missing
 
 
-@pytest.mark.parametrize('typed, says', [
-    ('lr', 'here it is training.optimizer.init_lr'), ('training.learning_rate', 'here it is training.optimizer.init_lr'), ('training.bf16', 'here it is training.precision'),
-    ('model.name', 'here it is model.transformer_name'), ('hydra.run.dir', 'RESULTS_ROOT_DIR'), ('report_to', 'TensorBoard'), ('gradient_accumulation_steps', 'nothing to accumulate'),
-    ('training.gradient_accumulation_steps', 'nothing to accumulate'), ('early_stopping_patience', 'here it is training.loop.max_non_optim_vals'), ('output_dir', 'RESULTS_ROOT_DIR'),
-    ('per_device_train_batch_size', 'here it is training.loop.train_batch_size'), ('fp16', 'overflows'), ('training.loop.n_epoch', "did you mean 'training.loop.n_epochs'"),
-    ('n_epochs', "did you mean 'training.loop.n_epochs'"), ('zebra', '--help-settings')])
-def test_unknown_settings(typed, says):
+UNKNOWN = {
+    'lr': 'here it is training.optimizer.init_lr',
+    'training.learning_rate': 'here it is training.optimizer.init_lr',
+    'training.bf16': 'here it is training.precision',
+    'model.name': 'here it is model.transformer_name',
+    'hydra.run.dir': 'RESULTS_ROOT_DIR',
+    'report_to': 'TensorBoard',
+    'gradient_accumulation_steps': 'nothing to accumulate',
+    'training.gradient_accumulation_steps': 'nothing to accumulate',
+    'early_stopping_patience': 'here it is training.loop.max_non_optim_vals',
+    'output_dir': 'RESULTS_ROOT_DIR',
+    'per_device_train_batch_size': 'here it is training.loop.train_batch_size',
+    'fp16': 'overflows',
+    'training.loop.n_epoch': "did you mean 'training.loop.n_epochs'",
+    'n_epochs': "did you mean 'training.loop.n_epochs'",
+    'zebra': '--help-settings'}
+
+
+@pytest.mark.parametrize('typed, answer', UNKNOWN.items(), ids=UNKNOWN)
+def test_unknown_settings(typed, answer):
     with pytest.raises(files.ConfigError) as e: compose.load_config([f'{typed}=1'])
-    assert str(e.value).startswith(f"unknown setting '{typed}'; ") and says in str(e.value)
+    assert str(e.value).startswith(f"unknown setting '{typed}'; ") and answer in str(e.value)
 
 
 def test_the_recipe_of_hh():
     cfg = compose.load_config(['experiment=hh', 'index=1'])
-    assert (cfg.desc, cfg.data.name, cfg.training.loop.train_batch_size, cfg.training.loop.n_epochs) == ('hh', 'Anthropic/hh-rlhf', 96, 6)
+    assert (cfg.desc, cfg.data.name) == ('hh', 'Anthropic/hh-rlhf')
+    assert (cfg.training.loop.train_batch_size, cfg.training.loop.n_epochs) == (96, 6)
 
 
 def test_every_setting_has_a_meaning():
@@ -137,38 +226,57 @@ def test_every_setting_has_a_meaning():
 
 # files of settings
 
-@pytest.mark.parametrize('text, says', [
-    ('a: &x [1]\nb: *x\n', 'an alias'), ('[1, 2]', 'must hold settings'), ('a: [', 'cannot be read as YAML'), ('\xff', 'no name of a setting'), ('x: !!python/object:os.system y\n', 'cannot be read as YAML'),
-    ('a: ' + '['*30 + ']'*30, 'nested more than'), ('#' * 70_000, 'more than 65,536 bytes'), ('seed: ${oc.env:HOME}', 'no ${'), ('training: {lr: 3}', 'init_lr'), ('"a b": 3', 'no name of a setting'), ('seed: 1\nseed: 2\n', 'duplicate')])
-def test_a_file_of_settings_is_refused_in_one_line(tmp_path, text, says, capsys):
+REFUSED = {
+    'alias': ('a: &x [1]\nb: *x\n', 'an alias'),
+    'list': ('[1, 2]', 'must hold settings'),
+    'cut off': ('a: [', 'cannot be read as YAML'),
+    'odd name': ('\xff', 'no name of a setting'),
+    'code': ('x: !!python/object:os.system y\n', 'cannot be read as YAML'),
+    'deep': ('a: ' + '['*30 + ']'*30, 'nested more than'),
+    'large': ('#' * 70_000, 'more than 65,536 bytes'),
+    'variable': ('seed: ${oc.env:HOME}', 'no ${'),
+    'foreign name': ('training: {lr: 3}', 'init_lr'),
+    'name with a space': ('"a b": 3', 'no name of a setting'),
+    'twice': ('seed: 1\nseed: 2\n', 'duplicate')}
+
+
+@pytest.mark.parametrize('text, answer', REFUSED.values(), ids=REFUSED)
+def test_a_file_of_settings_is_refused_in_one_line(tmp_path, text, answer, capsys):
     from rlhf_flant5.train import main
     (tmp_path/'my.yaml').write_text(text, encoding='utf-8')
     begun = time.monotonic()
     assert main(['--config', str(tmp_path/'my.yaml'), '--cfg']) == 2
-    said = capsys.readouterr().err
-    assert says in said and re.fullmatch(r'error: [^\n]*\n', said) and time.monotonic() - begun < 5, said
+    assert time.monotonic() - begun < 5
+    err = capsys.readouterr().err
+    assert answer in err and re.fullmatch(r'error: [^\n]*\n', err), err
 
 
-@pytest.mark.parametrize('value', ['a b', "it's", 'x\\', "\\'", 'a,b', '[x]', 'ü=ö', '{', '', ' ', 'null', '3', 'true', '1e3', "\\\\''\\"])
+@pytest.mark.parametrize('value', [
+    'a b', "it's", 'x\\', "\\'", 'a,b', '[x]', 'ü=ö', '{', '', ' ', 'null', '3', 'true', '1e3', "\\\\''\\"])
 def test_texts_of_a_file_arrive_as_they_are(tmp_path, value):
-    (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(OmegaConf.create({'data': {'name': value}})), encoding='utf-8')
-    o, = compose.with_file(tmp_path/'my.yaml', [])
-    assert compose.parse_override(o).value() == value
+    settings = OmegaConf.create({'data': {'name': value}})
+    (tmp_path/'my.yaml').write_text(OmegaConf.to_yaml(settings), encoding='utf-8')
+    override, = compose.with_file(tmp_path/'my.yaml', [])
+    assert compose.parse_override(override).value() == value
 
 
 def test_aliases_of_a_foreign_run_are_not_followed(results, capsys):
     "A config.yaml of less than 1 KiB with a billion leaves."
     from rlhf_flant5.compare import main
-    lines = ['a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]'] + [f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"]*10)}]' for i in range(1, 9)]
+    def ten_of(item): return f'[{", ".join([item]*10)}]'
+    lines = [f'a0: &a0 {ten_of("1")}']
+    for i in range(1, 9): lines.append(f'a{i}: &a{i} {ten_of(f"*a{i - 1}")}')
     (saved_run(results, 0)/'data'/'config.yaml').write_text('\n'.join(lines), encoding='utf-8')
     begun = time.monotonic()
-    assert main([str(results)]) == 2 and time.monotonic() - begun < 20
+    assert main([str(results)]) == 2
+    assert time.monotonic() - begun < 20
     assert ':2: an alias (*a0)' in capsys.readouterr().err
 
 
 # C locale: every program in one process that can print nothing but ASCII
 
-C_LOCALE = dict(LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii', OMP_NUM_THREADS='1')
+C_LOCALE = dict(
+    LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='ascii', OMP_NUM_THREADS='1')
 EVERY_PROGRAM = r'''
 import importlib, json, os, sys, locale
 from pathlib import Path
@@ -176,48 +284,65 @@ assert locale.getpreferredencoding(False).upper() in ('ANSI_X3.4-1968', 'US-ASCI
 here, pairs = Path(sys.argv[1]), sys.argv[2]
 run = here/'Reward-Model-Training'/'desc-c,index-0'
 model = str(run/'simulation'/'best_model')
-tiny = ['experiment=toy', 'sim_man.allow_untracked=true', 'device_name=cpu', 'training.loop.n_batches=2', 'data.n_train_data=64', 'training.loop.train_batch_size=16']
+tiny = ['experiment=toy', 'sim_man.allow_untracked=true', 'device_name=cpu', 'data.n_train_data=64',
+        'training.loop.n_batches=2', 'training.loop.train_batch_size=16']
 commands = dict(
-    doctor=[f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy', '--json', str(here/'check.json')],
+    doctor=[f"data.name='{pairs}'", 'data.subdirs=[s]', 'model.transformer_name=toy',
+            '--json', str(here/'check.json')],
     train=[*tiny, f"data.name='{pairs}'", 'data.subdirs=[s]', 'desc=c'],
     sweep=['--seeds', '1', '--readouts', 'decoder_output', '--transformer', 'frozen', '--dry-run', *tiny],
     evaluate=[model, pairs + '/s/test.jsonl', '--out', str(here/'evaluation'), '--device', 'cpu'],
     score=[model, pairs + '/s/rows.jsonl', '--device', 'cpu'],
     publish=['card', str(run)],
-    compare=[str(here)], scaling=['plan', '--sizes', 'small', '--gpus', '1'])
+    compare=[str(here)],
+    scaling=['plan', '--sizes', 'small', '--gpus', '1'])
 codes = {}
 for name, argv in commands.items(): codes[name] = importlib.import_module(f'rlhf_flant5.{name}').main(argv)
 print('ü – 例')
 from rlhf_flant5.core import program
-for name in program.PROGRAMS: getattr(importlib.import_module(f'rlhf_flant5.{name}'), f'{name}_parser')().print_help()
+for name in program.PROGRAMS:
+    module = importlib.import_module(f'rlhf_flant5.{name}')
+    getattr(module, f'{name}_parser')().print_help()
 Path(here/'codes.json').write_text(json.dumps(codes))
 '''
 
 
-def test_every_program_in_a_c_locale(tmp_path):
-    folder = tmp_path/'pairs'/'s'
-    folder.mkdir(parents=True)
+def write_unicode_pairs(folder):
+    "Pairs with letters that ASCII lacks, and a row to score."
     from rlhf_flant5.data.toy import toy_pairs
+    def line(row): return json.dumps(row, ensure_ascii=False) + '\n'
     for split, n in (('train', 80), ('test', 20)):
-        rows = [json.dumps(dict(chosen=r['chosen'] + ' naïve – ü', rejected=r['rejected'] + ' 例'), ensure_ascii=False) for r in toy_pairs(n, seed=5, split=split)]
-        (folder/f'{split}.jsonl').write_text('\n'.join(rows) + '\n', encoding='utf-8')
-    (folder/'rows.jsonl').write_text('{"prompt": "ü?", "response": "例", "id": "é"}\n', encoding='utf-8')
-    (tmp_path/'results').mkdir()
+        pairs = toy_pairs(n, seed=5, split=split)
+        rows = [dict(chosen=r['chosen'] + ' naïve – ü', rejected=r['rejected'] + ' 例') for r in pairs]
+        (folder/f'{split}.jsonl').write_text(''.join(map(line, rows)), encoding='utf-8')
+    (folder/'rows.jsonl').write_text(line(dict(prompt='ü?', response='例', id='é')), encoding='utf-8')
+
+
+def test_every_program_in_a_c_locale(tmp_path):
+    folder, results = tmp_path/'pairs'/'s', tmp_path/'results'
+    folder.mkdir(parents=True)
+    results.mkdir()
+    write_unicode_pairs(folder)
     (tmp_path/'every.py').write_text(EVERY_PROGRAM, encoding='utf-8')
-    done = subprocess.run([sys.executable, str(tmp_path/'every.py'), str(tmp_path/'results'), str(folder.parent)], capture_output=True, cwd=tmp_path,
-                          env=os.environ | C_LOCALE | {'PYTHONPATH': str(root), 'RESULTS_ROOT_DIR': str(tmp_path/'results')})
-    codes = json.loads((tmp_path/'results'/'codes.json').read_text()) if (tmp_path/'results'/'codes.json').exists() else {}
+    command = [sys.executable, str(tmp_path/'every.py'), str(results), str(folder.parent)]
+    env = os.environ | C_LOCALE | {'PYTHONPATH': str(root), 'RESULTS_ROOT_DIR': str(results)}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env)
+
+    written = results/'codes.json'
+    codes = json.loads(written.read_text()) if written.exists() else {}
     assert set(codes.values()) == {0}, (codes, done.stderr.decode(errors='replace')[-3000:])
     assert done.stdout.isascii() and b'\\xfc' in done.stdout
-    written = [p for p in (tmp_path/'results').rglob('*') if p.suffix in ('.md', '.txt', '.log', '.yaml', '.jsonl', '.json') and p.is_file()]
-    assert len(written) > 15
-    for p in written: p.read_text(encoding='utf-8')
-    assert 'naïve' in (tmp_path/'results'/'evaluation'/'wrong.md').read_text(encoding='utf-8') + (tmp_path/'results'/'comparison'/'suspicious.md').read_text(encoding='utf-8')
+
+    text = '.md', '.txt', '.log', '.yaml', '.jsonl', '.json'
+    texts = {p: p.read_text(encoding='utf-8') for p in results.rglob('*') if p.suffix in text and p.is_file()}
+    assert len(texts) > 15
+    shown = results/'evaluation'/'wrong.md', results/'comparison'/'suspicious.md'
+    assert any('naïve' in texts[path] for path in shown)
 
 
 def test_a_setting_that_is_no_text_in_this_locale(capsys):
     "A folder's name as an ASCII locale hands it on: one line before any work, not a traceback after it."
     from rlhf_flant5.train import main
     assert main(['experiment=toy', "data.name='/tmp/p\udcc3\udca4'"]) == 2
-    said = capsys.readouterr().err
-    assert 'no text in the locale of this terminal; set LC_ALL=C.UTF-8' in said and said.count('\n') == 1
+    err = capsys.readouterr().err
+    assert 'no text in the locale of this terminal; set LC_ALL=C.UTF-8' in err and err.count('\n') == 1
