@@ -46,7 +46,7 @@ def declared():
 
 def test_what_is_imported_is_declared():
     "TRL is something that the chapter on speed may compare with."
-    packages = {'sklearn': 'scikit-learn', 'hydra': 'hydra-core', 'yaml': 'pyyaml'}
+    packages = dict(sklearn='scikit-learn', hydra='hydra-core', yaml='pyyaml')
     used = {name for path in (root/'rlhf_flant5').rglob('*.py') for name in imported(path)}
     used -= {*sys.stdlib_module_names, 'rlhf_flant5', 'trl'}
     asked = {canonicalize_name(packages.get(name, name)) for name in used}

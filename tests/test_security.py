@@ -287,14 +287,14 @@ def test_damaged_safetensors(model, saved, content):
         refused(lambda: load(str(folder)))
 
 
-HARMS = {
-    'long': (lambda w: w.long(), 'of type I64'),
-    'bool': (lambda w: w.bool(), 'of type BOOL'),
-    'nan': (lambda w: w.log(), 'NaN or infinite'),
-    'overflow': (lambda w: w.double()*1e300, 'NaN or infinite'),
-    'flat': (lambda w: w.flatten(), 'another shape'),
-    'cut': (lambda w: w.T.contiguous()[:, :-1].contiguous(), 'another shape'),
-    'none': (lambda w: None, 'missing')}
+HARMS = dict(
+    long=(lambda w: w.long(), 'of type I64'),
+    bool=(lambda w: w.bool(), 'of type BOOL'),
+    nan=(lambda w: w.log(), 'NaN or infinite'),
+    overflow=(lambda w: w.double()*1e300, 'NaN or infinite'),
+    flat=(lambda w: w.flatten(), 'another shape'),
+    cut=(lambda w: w.T.contiguous()[:, :-1].contiguous(), 'another shape'),
+    none=(lambda w: None, 'missing'))
 
 @pytest.mark.parametrize('name', ['encoder.block.0.layer.0.SelfAttention.q.weight', 'shared.weight'])
 @pytest.mark.parametrize('harm, says', HARMS.values(), ids=HARMS)

@@ -6,6 +6,7 @@ so that it need not change with the structure; `draw_once` alone reaches inside,
 and the tests otherwise for the same numbers to rounding."""
 import json, multiprocessing, os, signal, socket, subprocess, sys, tempfile, time
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 
@@ -43,15 +44,14 @@ OTHER_WAYS = {
     'attention fused': ('decoder_output trained', ['model.attention=fused'], 1, None),
     'states not kept': ('decoder_output frozen', ['model.use_pretrained_output=false'], 1, None),
     'two processes': ('attention_pooled_decoder trained', [], 2, None),
-    'killed and resumed': ('full_attention_pooling trained', [], 1, 23),
-}
+    'killed and resumed': ('full_attention_pooling trained', [], 1, 23)}
 
 
 # In the process with steady kernels
 
 def draw_once():
     "Import the program and draw the toy world before anything is forked: a quarter of each run's time otherwise."
-    import rlhf_flant5.train
+    import_module('rlhf_flant5.train')
     from rlhf_flant5.training import build
     build.toy_pairs, build.toy_tokenizer = cache(build.toy_pairs), cache(build.toy_tokenizer)
     for split in ('train', 'test'): build.toy_pairs(split=split)

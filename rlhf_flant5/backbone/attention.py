@@ -90,7 +90,7 @@ def cheap_dropout(x:torch.Tensor,
     return x * (kept / (1 - k/2**16))
 
 class Dropout(nn.Dropout):
-    def forward(self, x): return cheap_dropout(x, self.p) if self.training else x
+    def forward(self, input): return cheap_dropout(input, self.p) if self.training else input
 
 # %% ../../nbs/20_backbone/21_attention.ipynb #172008e9
 ATTENTION = dict(by_text=attend_by_text, padded=attend_padded, fused=attend_fused)

@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['FLAN_T5_SIZES', 'flan_t5_config', 'build_flan_t5', 'load_flan_t5', 'unit_rms', 'States', 'project', 'position_bias',
-           'EncoderBlock', 'DecoderBlock', 'own_blocks', 'Backbone', 'check_batch', 'freeze_idle', 'add_lora']
+           'EncoderBlock', 'DecoderBlock', 'Backbone', 'freeze_idle']
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #11e54eda
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
-from transformers.models.t5.modeling_t5 import T5Block
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerSelfAttention
 from .attention import attend_once, cheap_dropout, choose_attention, fuse, Texts
 from ..core.files import ConfigError, read_json
 from ..core.hub import load_weights, resolve_folder, t5_config, WEIGHT_FILES, weight_files
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #a7d114f7
-FLAN_T5_SIZES = {   # d_model, d_ff, blocks a stack, heads; each head is 64 wide
-    'small': (512, 1024, 8, 6),
-    'base':  (768, 2048, 12, 12),
-    'large': (1024, 2816, 24, 16),
-    'xl':    (2048, 5120, 24, 32),
-    'xxl':   (4096, 10240, 24, 64)}
+FLAN_T5_SIZES = dict(   # d_model, d_ff, blocks a stack, heads; each head is 64 wide
+    small=(512, 1024, 8, 6),
+    base=(768, 2048, 12, 12),
+    large=(1024, 2816, 24, 16),
+    xl=(2048, 5120, 24, 32),
+    xxl=(4096, 10240, 24, 64))
 
 def flan_t5_config(size:str,    # small, base, large, xl or xxl
                    **changes    # of the `T5Config`
@@ -33,8 +35,9 @@ def flan_t5_config(size:str,    # small, base, large, xl or xxl
     "The architecture of google/flan-t5-<size>."
     if size not in FLAN_T5_SIZES: raise ConfigError(f'size={size!r}: must be one of {", ".join(FLAN_T5_SIZES)}')
     d_model, d_ff, n_blocks, n_heads = FLAN_T5_SIZES[size]
-    published = dict(vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=n_blocks, num_heads=n_heads,
-                     feed_forward_proj='gated-gelu', decoder_start_token_id=0, dropout_rate=0.1)
+    published:dict[str, Any] = dict(
+        vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=n_blocks, num_heads=n_heads,
+        feed_forward_proj='gated-gelu', decoder_start_token_id=0, dropout_rate=0.1)
     return T5Config(**(published | changes))
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #76da5a16
@@ -57,7 +60,8 @@ def load_flan_t5(name:str,                  # a local folder or a model id of th
     config = t5_config(read_json(folder/'config.json'), where)
     if dropout is not None: config.dropout_rate = dropout
     with torch.device('meta'): model = (T5Model if decoder else T5EncoderModel)(config)
-    return load_weights(model, weight_files(folder, where), where).eval()
+    load_weights(model, weight_files(folder, where), where)
+    return model.eval()
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #cd6fa39e
 def unit_rms(h:torch.Tensor # states, (..., D)
@@ -105,6 +109,8 @@ def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
 # %% ../../nbs/20_backbone/22_t5.ipynb #b3433149
 class EncoderBlock(T5Block):
     "A block that also passes over packed texts; over the first positions alone where no other is read."
+    layer:Any    # self-attention, feed-forward: each with its norm and its dropout
+
     def states_after(self,
                      x,           # tokens, (T, D)
                      bias,        # (H, L, L)
@@ -123,6 +129,8 @@ class EncoderBlock(T5Block):
 # %% ../../nbs/20_backbone/22_t5.ipynb #fea6fdd6
 class DecoderBlock(T5Block):
     "A block that also passes over one position."
+    layer:Any    # self-attention, attention to the encoder, feed-forward
+
     def states_after(self,
                      x,       # (N, D)
                      states,  # the encoder's last, padded, (N, L, D)
@@ -137,7 +145,7 @@ class DecoderBlock(T5Block):
         return feed_forward(x + cross.dropout(new))
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #b3af3294
-def own_blocks(transformer):
+def _own_blocks(transformer):
     "Teach a T5's blocks the method."
     for block in transformer.encoder.block: block.__class__ = EncoderBlock
     if isinstance(transformer, T5Model):
@@ -154,14 +162,14 @@ class Backbone(nn.Module):
                  lora:dict|None=None,                # adapters: r (0: none), alpha, target_modules
                  attention:str='auto'):              # by_text, padded or fused
         super().__init__()
-        self.transformer = own_blocks(fuse(transformer))
+        self.transformer = _own_blocks(fuse(transformer))
         self.trained, self.lora = train_transformer, dict(lora or dict(r=0))
         self.gradient_checkpointing, self.attention = gradient_checkpointing, attention
-        self.project = project
+        self.project:Callable = project      # compiled on request
         self.has_decoder = isinstance(transformer, T5Model)
         if not train_transformer: transformer.requires_grad_(False)
-        elif self.lora['r']: add_lora(transformer, **self.lora)
-        if self.has_decoder: freeze_idle(transformer)
+        elif self.lora['r']: _add_lora(transformer, **self.lora)
+        if isinstance(transformer, T5Model): freeze_idle(transformer)
         self.train()
 
     @property
@@ -211,7 +219,7 @@ def forward(self:Backbone,
             n_blocks:int=0                # keep the states of all tokens after the last so many encoder blocks
            ) -> States:
     "States after each block. Raises `ValueError` for a batch that can't be read."
-    check_batch(input_ids, attention_mask)
+    _check_batch(input_ids, attention_mask)
     texts = Texts.of(attention_mask)
     decoder = []
     with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
@@ -238,7 +246,7 @@ def fsdp_units(self:Backbone) -> tuple[list, list]: # blocks, position biases
     return blocks, bias
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #c8b70ccc
-def check_batch(input_ids, attention_mask):
+def _check_batch(input_ids, attention_mask):
     "Raise `ValueError` for a batch that can't be read."
     shape, mask_shape = tuple(input_ids.shape), tuple(attention_mask.shape)
     if input_ids.ndim != 2 or not input_ids.numel():
@@ -257,8 +265,9 @@ def check_batch(input_ids, attention_mask):
 # %% ../../nbs/20_backbone/22_t5.ipynb #d3c0e856
 def freeze_idle(transformer:T5Model):
     "Freeze what a single decoder position makes idle: query, key and position bias of the decoder's self-attention."
-    for block in transformer.decoder.block:
-        attention = block.layer[0].SelfAttention
+    for layer in transformer.decoder.modules():
+        if not isinstance(layer, T5LayerSelfAttention): continue
+        attention = layer.SelfAttention
         attention.q.requires_grad_(False)
         attention.k.requires_grad_(False)
         if attention.has_relative_attention_bias: attention.relative_attention_bias.requires_grad_(False)
@@ -274,7 +283,7 @@ def _check_targets(transformer, target_modules):
                           f'this T5 has no linear layer {target!r}; it has {", ".join(there)}')
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #4b99c52d
-def add_lora(transformer, r:int, alpha:int=16, target_modules=('q', 'v')):
+def _add_lora(transformer, r:int, alpha:int=16, target_modules=('q', 'v')):
     "Freeze the transformer and add low-rank adapters to its linear layers (Hu et al. 2021, arXiv:2106.09685)."
     try: from peft import LoraConfig, inject_adapter_in_model
     except ImportError:

@@ -208,7 +208,8 @@ def calibration_numbers(c:Comparison) -> pd.DataFrame:
         tables, T = row.tables['test'], [r.summary['temperature'] for r in row.runs]
         for what, by in (('as trained', [1.]*len(T)), ('with temperature', T)):
             found, k = reliability(np.concatenate([t.margin/x for t, x in zip(tables, by)])), len(T)
-            found['low'], found['high'] = zip(*(wilson(r.right*r.n/k, r.n/k) for r in found.itertuples()))
+            intervals = [wilson(right*n/k, n/k) for right, n in zip(found.right, found.n)]
+            found['low'], found['high'] = zip(*intervals)
             rows.append(found.assign(row=row.name, what=what))
     return pd.concat(rows)[['row', 'what', 'claimed', 'right', 'low', 'high', 'n']]
 

@@ -8,6 +8,7 @@ __all__ = ['MOST_USED', 'compose_settings', 'parse_override', 'load_config', 'sh
 
 # %% ../../nbs/05_config/08_compose.ipynb #42543690
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from hydra import compose, initialize_config_dir
@@ -25,7 +26,7 @@ def _quote_run(override:str) -> str:
     "A run's folder has a comma in its name, which Hydra would read as a list of values: put it in quotes."
     return re.sub(r"^([\w.]+)=([^'\"\[{]*desc-[^,=]+,index-[^,/'\"]+(/[^,]*)?)$", r"\1='\2'", override)
 
-def compose_settings(overrides:list[str]) -> DictConfig:
+def compose_settings(overrides:Sequence[str]) -> DictConfig:
     "The YAML files with `overrides` on top, not checked yet."
     quoted = [_quote_run(o) for o in overrides]
     with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): return compose('reward_model_config', quoted)
@@ -132,7 +133,7 @@ def _first_fault(e): # of Hydra or OmegaConf, with the key if it is named
         if line.startswith('full_key'): return f'{line.split(":", 1)[1].strip()}: {lines[0]}'
     return lines[0]
 
-def load_config(overrides:list[str]=() # settings as on the command line, `key=value`
+def load_config(overrides:Sequence[str]=() # settings as on the command line, `key=value`
                ) -> DictConfig: # the whole tree, checked, read-only
     "The configuration: the YAML files with `overrides` on top. Raises `ConfigError` at the first setting that does not fit."
     overrides = list(overrides)
@@ -158,7 +159,7 @@ def _other_default(key, cfg, default): # as the end of a comment
     return '' if OmegaConf.is_dict(value) or value == usual else f'; default {usual}'
 
 # %% ../../nbs/05_config/08_compose.ipynb #f762860b
-def show_config(overrides:list[str]=()) -> str: # YAML
+def show_config(overrides:Sequence[str]=()) -> str: # YAML
     "The configuration of a run; beside each setting its meaning, and its default where that differs."
     cfg, default, out = load_config(overrides), load_config(), []
     for line, key in _yaml_keys(OmegaConf.to_yaml(cfg)):

@@ -7,6 +7,7 @@ __all__ = ['FOREIGN', 'choices', 'setting_keys', 'nearest_name', 'unknown_settin
 
 # %% ../../nbs/05_config/07_names.ipynb #b1bfd905
 import difflib
+from collections.abc import Collection
 from omegaconf import DictConfig
 from .schema import CONFIG_DIR, meanings
 from ..core.files import ConfigError
@@ -20,13 +21,13 @@ def choices(group:str # `model` or `experiment`
 def setting_keys(cfg:DictConfig, prefix:str=''):
     "Yield every dotted key of the tree."
     for k in cfg:
-        yield prefix + k
+        yield f'{prefix}{k}'
         node = cfg._get_node(k)
         if isinstance(node, DictConfig) and not node._is_none(): yield from setting_keys(node, f'{prefix}{k}.')
 
 def _last_part(key): return key.rpartition('.')[2]
 
-def nearest_name(word:str, words:list[str]) -> str: # the end of a message; empty if none is near
+def nearest_name(word:str, words:Collection[str]) -> str: # the end of a message; empty if none is near
     "The right name of a slip of the hand: the same last part elsewhere in the tree, or nearly the same letters."
     same = [w for w in words if _last_part(w) == _last_part(word)]
     near = same if len(same) == 1 else difflib.get_close_matches(word, words, 1, cutoff=0.8)
@@ -127,7 +128,7 @@ def _answer(key, keys): # of the table, with the meaning of a setting; None: it 
     meaning = f' ({meanings()[answer]})' if answer in meanings() else ''
     return f'here it is {answer}{meaning}'
 
-def unknown_setting(key:str, keys:list[str]) -> ConfigError:
+def unknown_setting(key:str, keys:Collection[str]) -> ConfigError:
     "What to say of a key that is none of `keys`."
     near, answer = nearest_name(key, keys), _answer(key, keys)
     is_sentence = answer and ' ' in answer

@@ -6,11 +6,12 @@
 __all__ = ['BOOK_STYLE', 'figure', 'markdown_table']
 
 # %% ../../nbs/00_core/02_figures.ipynb #2016900b
+from typing import Any
 from cycler import cycler
 
 # %% ../../nbs/00_core/02_figures.ipynb #a3b9c3ec
 _COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#555555']   # of Okabe and Ito
-BOOK_STYLE = {
+BOOK_STYLE:dict[str, Any] = {
     'axes.spines.top': False, 'axes.spines.right': False,
     'axes.grid': True, 'grid.alpha': .25, 'grid.linewidth': .6,
     'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
@@ -25,7 +26,7 @@ def figure(n_cols:int=1,       # axes side by side
           ): # (figure, one axes or an array of them)
     "A figure in the book's style; the colours are Okabe and Ito's, which colour-blind readers can tell apart."
     import matplotlib.pyplot as plt
-    plt.rcParams.update(BOOK_STYLE)   # not a context: titles and legends are styled when they are drawn, later
+    plt.style.use(BOOK_STYLE)         # not a context: titles and legends are styled when they are drawn, later
     return plt.subplots(n_rows, n_cols, figsize=(width*n_cols, height*n_rows), layout='constrained', **kwargs)
 
 # %% ../../nbs/00_core/02_figures.ipynb #6c2984d9

@@ -11,6 +11,7 @@ import json, os, re, reprlib, tempfile
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -138,8 +139,9 @@ def t5_config(given:dict, # what `config.json` says
     if 'auto_map' in given:
         seen = 'config.json names code of its own (auto_map), which is never run'
         raise ConfigError(f'{where}: {seen}; take a plain T5')
-    sizes = trusted(T5Sizes, given, where).model_dump(exclude_none=True)
-    return T5Config(**{'decoder_start_token_id': 0} | sizes)
+    sizes:dict[str, Any] = dict(decoder_start_token_id=0)
+    sizes |= trusted(T5Sizes, given, where).model_dump(exclude_none=True)
+    return T5Config(**sizes)
 
 # %% ../../nbs/00_core/04_hub.ipynb #a528bcd2
 def weight_files(folder:Path,
@@ -152,7 +154,7 @@ def weight_files(folder:Path,
         rule = 'weights are read from safetensors alone, so convert the model'
         raise ConfigError(f'{where}: no model.safetensors; {rule}')
     named = read_json(index).get('weight_map')
-    names = [*named.values()] if isinstance(named, dict) else [named]
+    names:list[Any] = [*named.values()] if isinstance(named, dict) else [named]
     for name in names:
         plain = isinstance(name, str) and re.fullmatch(r'\w[\w.-]*\.safetensors', name)
         if plain and (folder/name).is_file(): continue

@@ -12,6 +12,7 @@ import contextlib, os, re, signal, socket, sys, time, traceback, warnings
 from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing import connection
+from typing import cast
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -259,7 +260,7 @@ def weights_of(model:nn.Module,
               ) -> dict[str, torch.Tensor]: # whole, on the CPU; empty but in the first process
     "The weights of a shared model. All processes must call it."
     _drop_gathered(model)
-    weights = get_model_state_dict(model, options=_whole)
+    weights = cast(dict[str, torch.Tensor], get_model_state_dict(model, options=_whole))
     names = _plain_names(model, trained)
     return {n: w for n, w in weights.items() if n in names}
 
@@ -271,7 +272,8 @@ def put_weights(model:nn.Module, weights:dict[str, torch.Tensor]):
 # %% ../../nbs/00_core/07_processes.ipynb #a3558cfe
 def moments_of(model, optimizer) -> dict[str, torch.Tensor]: # `<weight>|<moment>`, whole; empty but in the first process
     "What an optimizer remembers of each weight. All processes must call it."
-    state = get_optimizer_state_dict(model, optimizer, options=_whole).get('state', {})
+    whole = get_optimizer_state_dict(model, optimizer, options=_whole)
+    state = cast(dict[str, dict], whole.get('state', {}))
     return {f'{weight}|{name}': v for weight, moments in state.items() for name, v in moments.items()}
 
 # %% ../../nbs/00_core/07_processes.ipynb #e784c025

@@ -10,7 +10,7 @@ __all__ = ['Word', 'Text', 'Plain', 'Digest', 'Whole', 'Number', 'Share', 'Few',
 # %% ../../nbs/00_core/03b_trust.ipynb #d94a09c0
 import json, re, reprlib
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, cast, ClassVar, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -99,7 +99,7 @@ def parse_yaml(data:bytes|str,
         _refuse_growth(text, path)
         found = OmegaConf.create(text)
         if not OmegaConf.is_dict(found): raise ConfigError(f'{path}: must hold settings, `key: value` on a line each')
-        return OmegaConf.to_container(found, resolve=False)
+        return cast(dict, OmegaConf.to_container(found, resolve=False))
     except ConfigError: raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
         mark, problem = getattr(e, 'problem_mark', None), getattr(e, 'problem', None)

@@ -231,6 +231,6 @@ def known_conversation(f, d): return known(f, 'first')
 def known_reply(f, d):
     test, train = (f[f.split == s] for s in ('test', 'train'))
     if not len(test): return f.split == 'test'
-    replies = [[*x.reply_c, *x.reply_r] for x in (test, train)]
-    found = {i % len(test) for i, _ in near_equal(*replies)}
+    tested, trained = ([*x.reply_c, *x.reply_r] for x in (test, train))
+    found = {i % len(test) for i, _ in near_equal(tested, trained)}
     return f.index.isin(test.index[sorted(found)])

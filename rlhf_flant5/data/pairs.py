@@ -12,6 +12,7 @@ import hashlib, json, os, re
 from collections import Counter
 from pathlib import Path
 import numpy as np
+import pandas as pd
 from datasets import concatenate_datasets, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging as transformers_logging
@@ -280,7 +281,8 @@ def prepare_splits(raw:dict[str, Dataset], # `train` and `test`, as read
     return splits
 
 # %% ../../nbs/10_data/11_pairs.ipynb #e156a795
-def fingerprint(pairs:Dataset) -> str:
+def fingerprint(pairs:Dataset|pd.DataFrame|dict # with columns id, chosen and rejected
+               ) -> str:
     "SHA-256 over the ids and texts of the pairs, in order."
     h = hashlib.sha256()
     columns = (pairs[k][:] for k in ('id', 'chosen', 'rejected'))

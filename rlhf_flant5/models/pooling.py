@@ -6,6 +6,7 @@
 __all__ = ['AttentionPooling', 'WeightedPooling', 'GeGLU', 'RewardHead']
 
 # %% ../../nbs/30_models/31_pooling.ipynb #970ceaf6
+from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,8 +54,8 @@ class GeGLU(nn.Module):
 class RewardHead(nn.Module):
     "Optional hidden layers (norm, linear, gelu), then linear to one number without a bias."
     def __init__(self,
-                 d:int,                # width of the input
-                 hidden:list[int]=()): # widths of the hidden layers
+                 d:int,                     # width of the input
+                 hidden:Sequence[int]=()):  # widths of the hidden layers
         super().__init__()
         widths, layers = [d, *hidden], []
         for d_in, d_out in zip(widths, widths[1:]):

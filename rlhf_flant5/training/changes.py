@@ -21,11 +21,11 @@ def changed_settings(
     old:str, new:str # configurations, YAML
 )->list[str]:        # `key was …, now …` for each that a run may not change
     "How a configuration differs from the one that a run began with."
-    old, new = settings_of(old), settings_of(new)
+    began, given = settings_of(old), settings_of(new)
     def shown(settings, key): return repr(settings[key]) if key in settings else 'absent'
     changed = []
-    for key in sorted({*old, *new}):
-        was, now = shown(old, key), shown(new, key)
+    for key in sorted({*began, *given}):
+        was, now = shown(began, key), shown(given, key)
         if was != now and not re.fullmatch(FREE_TO_CHANGE, key): changed.append(f'{key} was {was}, now {now}')
     return changed
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'LoopState', 'rng_state', 'put_rng_state', 'digests', 'seal', 'damage', 'save_weights', 'fitting_weights',
-           'link_or_copy', 'checkpoint_path', 'write_checkpoint', 'checked', 'read_state', 'put_best_back',
-           'save_checkpoint', 'restore_checkpoint', 'Checkpoints', 'newest_checkpoint']
+           'checkpoint_path', 'write_checkpoint', 'checked', 'read_state', 'put_best_back', 'save_checkpoint',
+           'restore_checkpoint', 'Checkpoints', 'newest_checkpoint']
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #3dfa22f0
 import errno, hashlib, json, logging, math, os, random, shutil
@@ -137,7 +137,7 @@ def fitting_weights(model, path:Path) -> dict[str, torch.Tensor]:
     return weights
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #53733ac6
-def link_or_copy(src, dst):
+def _link_or_copy(src, dst):
     "A second name for a file, or a copy where the file system has none."
     try: os.link(src, dst)
     except OSError as e:
@@ -161,7 +161,7 @@ def write_checkpoint(path:Path,
         with new_folder(path) as new:
             for name, ts in tensors.items(): save_file(ts, str(new/name))
             for name, fact in facts.items(): (new/f'{name}.json').write_text(json.dumps(fact), encoding='utf-8')
-            if best: shutil.copytree(best, new/'best', copy_function=link_or_copy)
+            if best: shutil.copytree(best, new/'best', copy_function=_link_or_copy)
             seal(new, tensors)
         for old in sorted(path.parent.glob('batch-*'))[:-n_kept]: shutil.rmtree(old)
 
@@ -186,7 +186,7 @@ def put_best_back(best:Path, checkpoint:Path|None):
     "Make the best model that of a checkpoint; none, if that has none."
     if best.exists(): shutil.rmtree(best)
     if checkpoint and (checkpoint/'best').exists():
-        shutil.copytree(checkpoint/'best', best, copy_function=link_or_copy)
+        shutil.copytree(checkpoint/'best', best, copy_function=_link_or_copy)
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #07052723
 def save_checkpoint(path:Path, model, optimizer, facts:dict, best:Path|None, n_kept:int):

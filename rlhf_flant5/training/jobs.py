@@ -8,7 +8,7 @@ __all__ = ['sweep', 'side_by_side', 'Pool', 'as_they_end']
 # %% ../../nbs/50_training/59g_jobs.ipynb #9f06be5d
 import itertools, os, re, subprocess, sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed, ThreadPoolExecutor
 from ..config.compose import load_config, parse_override
 from ..core.files import ConfigError
@@ -32,7 +32,7 @@ def _check_names(runs):
 
 # %% ../../nbs/50_training/59g_jobs.ipynb #951fea90
 def sweep(overrides:list[str],
-          named:list[str]=()    # keys whose value is added to `desc` even if it is the only one
+          named:Sequence[str]=()    # keys whose value is added to `desc` even if it is the only one
          ) -> list[list[str]]: # the settings of each run
     "Every combination of the comma-separated values; their values are added to `desc`."
     given = [o.split('=', 1)[1] for o in overrides if o.startswith('desc=')]

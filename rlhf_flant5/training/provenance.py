@@ -88,12 +88,13 @@ def read_machine(
 )->dict: # JSON-ready; memory in bytes
     "The machine: system, processor, memory, GPUs (if torch is loaded)."
     torch = sys.modules.get('torch')
-    n_gpus = torch.cuda.device_count() if torch else 0
+    gpus = []
+    if torch: gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(platform=platform.platform(),
                 cpu=_processor(),
                 n_cores=os.cpu_count(),
                 memory_bytes=os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'),
-                gpus=[torch.cuda.get_device_name(i) for i in range(n_gpus)])
+                gpus=gpus)
 
 # %% ../../nbs/50_training/51_provenance.ipynb #11bc3c61
 def read_packages(

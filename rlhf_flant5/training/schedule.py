@@ -9,11 +9,11 @@ __all__ = ['SCHEDULES', 'n_warmup', 'learning_rate', 'describe_rate']
 import math
 
 # %% ../../nbs/50_training/56_schedule.ipynb #255d0d46
-SCHEDULES = {   # how much of the way from init_lr (0) to final_lr (1) -> rate
-    'steps': lambda first, last, t: first**(1 - t) * last**t,
-    'linear': lambda first, last, t: (1 - t)*first + t*last,
-    'cosine': lambda first, last, t: last + (first - last)*(1 + math.cos(math.pi*t))/2,
-    'constant': lambda first, last, t: first}
+SCHEDULES = dict(   # how much of the way from init_lr (0) to final_lr (1) -> rate
+    steps=lambda first, last, t: first**(1 - t) * last**t,
+    linear=lambda first, last, t: (1 - t)*first + t*last,
+    cosine=lambda first, last, t: last + (first - last)*(1 + math.cos(math.pi*t))/2,
+    constant=lambda first, last, t: first)
 
 def n_warmup(opt,         # warmup: batches, or a share of the run below 1
              n_total:int  # batches of the run

@@ -83,7 +83,7 @@ def segment_path(self:KeptStates, i:int) -> Path: return self.path/f'segment-{i:
 @patch
 def _header(self:KeptStates, i:int, states:np.ndarray) -> dict[str, str]:
     "What the file of segment `i` says of its numbers; one entry, since safetensors writes several in any order."
-    origin = dict(entry=self.parts, segment=i, crc32=zlib.crc32(states))
+    origin = dict(entry=self.parts, segment=i, crc32=zlib.crc32(states.data))
     return dict(origin=json.dumps(origin, sort_keys=True))
 
 @patch

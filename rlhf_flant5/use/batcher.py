@@ -8,7 +8,6 @@ __all__ = ['Failed', 'Batcher']
 # %% ../../nbs/60_use/65_batcher.ipynb #fc82b6cd
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from fastcore.basics import patch
 from ..core.files import ConfigError, first_line
 from .limits import Limits, Refused
@@ -106,7 +105,7 @@ def _reward_or_error(reward): # what its client is to read
 def answer(self:Batcher, texts:list[str]) -> list: # a reward for each, or what is wrong with it
     fitted = [self.fit(ids) for ids in self.model.token_ids(texts)]
     good = [ids for ids in fitted if not isinstance(ids, ConfigError)]
-    score = partial(self.model.rewards_of, token_budget=self.token_budget, precision=self.precision)
+    def score(ids): return self.model.rewards_of(ids, token_budget=self.token_budget, precision=self.precision)
     rewards = iter(rewards_or_errors(score, good, Exception))
     return [ids if isinstance(ids, ConfigError) else _reward_or_error(next(rewards)) for ids in fitted]
 

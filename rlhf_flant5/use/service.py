@@ -155,7 +155,7 @@ def _add_pages(app, model, limits, temperature):
             waiting=batcher.queue.qsize(), scored=batcher.n_scored, batches=batcher.n_batches)
 
     @app.get('/metrics', response_class=PlainTextResponse)
-    async def metrics() -> str:
+    async def metrics() -> PlainTextResponse:
         "Counters for Prometheus."
         text = _metrics(app.state.batcher, app.state.counts)
         return PlainTextResponse(text, media_type='text/plain; version=0.0.4')
@@ -183,7 +183,9 @@ def make_app(model:RewardModel,           # on its device
         batcher.executor.shutdown(wait=False)
     app = FastAPI(title='rlhf_flant5', version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.counts = Counter()
-    app.add_middleware(Gate, limits=limits, hosts=hosts, counts=app.state.counts)
+    app.add_middleware(
+        Gate,        # ty: ignore[invalid-argument-type]  its `__call__` comes by `@patch`
+        limits=limits, hosts=hosts, counts=app.state.counts)
     _add_errors(app)
     _add_questions(app, limits, temperature)
     _add_pages(app, model, limits, temperature)
