@@ -15,6 +15,12 @@ def program(*args, **kwargs):
     return subprocess.run([sys.executable, '-m', *args], text=True, capture_output=True, env=env, **kwargs)
 
 
+def write_rows(path, rows):
+    "A gzipped file of one JSON object a line."
+    with gzip.open(path, 'wt', encoding='utf-8') as f:
+        for row in rows: f.write(json.dumps(row) + '\n')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def cache(tmp_path_factory):
     "Kept states of the tests, apart from the user's."
@@ -28,7 +34,8 @@ def model_folder(tmp_path_factory):
     from rlhf_flant5.data.toy import toy_tokenizer
     folder = tmp_path_factory.mktemp('flan-t5-narrow')
     set_seed(1)
-    build_flan_t5('small', vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4).save_pretrained(folder)
+    narrow = dict(vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4)
+    build_flan_t5('small', **narrow).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     return folder
 
@@ -40,12 +47,16 @@ def t5_tokenizer(tmp_path_factory):
     import sentencepiece
     from transformers import T5Tokenizer
     from rlhf_flant5.data.toy import toy_pairs
-    folder, model, pairs = tmp_path_factory.mktemp('t5-tokenizer'), io.BytesIO(), toy_pairs(400, seed=5)
+    folder, model = tmp_path_factory.mktemp('t5-tokenizer'), io.BytesIO()
+    pairs = toy_pairs(400, seed=5)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(pairs['chosen'][:] + pairs['rejected'][:]), model_writer=model, vocab_size=300, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name='nmt_nfkc', required_chars='/>_0123456789', num_threads=1, minloglevel=2)
+        sentence_iterator=iter(pairs['chosen'][:] + pairs['rejected'][:]), model_writer=model,
+        vocab_size=300, hard_vocab_limit=False, required_chars='/>_0123456789',
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        normalization_rule_name='nmt_nfkc', num_threads=1, minloglevel=2)
     (folder/'spiece.model').write_bytes(model.getvalue())
-    config = dict(tokenizer_class='T5Tokenizer', extra_ids=100, pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
+    tokens = dict(pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
+    config = dict(tokenizer_class='T5Tokenizer', extra_ids=100, **tokens)
     (folder/'tokenizer_config.json').write_text(json.dumps(config), encoding='utf-8')
     T5Tokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
@@ -58,9 +69,9 @@ def pairs_folder(tmp_path_factory):
     for subset in ('harmless-base', 'helpful-base', 'helpful-online', 'helpful-rejection-sampled'):
         (folder/subset).mkdir()
         for split, n in (('train', 60), ('test', 20)):
-            with gzip.open(folder/subset/f'{split}.jsonl.gz', 'wt') as f:
-                for r in toy_pairs(n, seed=5, split=split):
-                    f.write(json.dumps({k: r[k] for k in ('chosen', 'rejected')}) + '\n')
+            pairs = toy_pairs(n, seed=5, split=split)
+            rows = [dict(chosen=pair['chosen'], rejected=pair['rejected']) for pair in pairs]
+            write_rows(folder/subset/f'{split}.jsonl.gz', rows)
     return folder
 
 
@@ -75,42 +86,69 @@ def summary_of(run):
     return json.loads((run/'results'/'summary.json').read_text(encoding='utf-8'))
 
 
-short = ['training.loop.n_batches=2', 'training.loop.train_batch_size=8', 'device_name=cpu', 'sim_man.allow_untracked=true']
+short = [
+    'training.loop.n_batches=2',
+    'training.loop.train_batch_size=8',
+    'device_name=cpu',
+    'sim_man.allow_untracked=true']
 
 
 def examples(n):
     """Settings of a property test: `n` examples, the same ones each time;
     $FUZZ_EXAMPLES times as many, and others each time, if that is set."""
     times = os.environ.get('FUZZ_EXAMPLES')
-    return settings(max_examples=max(1, int(n*float(times or 1))), derandomize=times is None, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=max(1, int(n*float(times or 1))), derandomize=times is None,
+        database=None, deadline=None, suppress_health_check=[*HealthCheck])
+
+
+HISTORY = """\
+{"batch": 5, "validation/accuracy": 0.5}
+{"batch": 9, "validation/accuracy": 0.6}
+"""
+SUMMARY = dict(
+    readout='decoder_output', train_transformer=True, cached_states=False, transformer_name='a', data_name='b',
+    best_reachable_accuracy=None, n_trained_parameters=7, seconds=1., pairs_per_second=9.,
+    peak_memory_bytes=2**30, temperature=1.5)
+
+
+def dialogue(k, word, times): return f'\n\nHuman: {k}?\n\nAssistant: {word*times}'
 
 
 def saved_run(results, i, right=None, seed=1, settings='', origin={}, turned=False, **changes):
-    """A finished run's folder, written by hand: `right` says which of its ten pairs it has right (or more, for more pairs); `origin` goes into its provenance.
-    `turned` has chosen and rejected texts exchanged in every pair, with lengths that don't show it."""
+    """A finished run's folder, written by hand: `right` says which of its ten pairs it has right
+    (or more, for more pairs); `origin` goes into its provenance. `turned` has chosen and rejected texts
+    exchanged in every pair, with lengths that don't show it."""
     from rlhf_flant5.data.pairs import fingerprint
     from rlhf_flant5.metrics.accuracy import pair_scores, pair_table, write_pair_table
     folder = results/'Reward-Model-Training'/f'desc-x,index-{i}'
     for name in ('data', 'results'): (folder/name).mkdir(parents=True)
+
     right = [True]*6 + [False]*4 if right is None else [*right]
     n = len(right)
-    margins = [1. + k/10 if r else -1. - k/10 for k, r in enumerate(right)]
-    ids, subsets = [f's/test:{k}' for k in range(n)], ['s', 't']*(n//2)
-    table = pair_table(ids, subsets, margins, [0.]*n, [20 + k % 3 for k in range(n)], [20 + k % 5 for k in range(n)], [9]*n)
-    scores = pair_scores(margins, [0.]*n, subsets)
-    summary = dict(readout='decoder_output', seed=seed, train_transformer=True, cached_states=False, transformer_name='a', data_name='b', best_reachable_accuracy=None,
-                   n_trained_parameters=7, seconds=1., pairs_per_second=9., peak_memory_bytes=2**30, temperature=1.5, validation=scores, test=scores) | changes
-    (folder/'data'/'config.yaml').write_text(f'seed: {seed}\n{settings}', encoding='utf-8')
-    (folder/'results'/'summary.json').write_text(json.dumps(summary))
-    (folder/'results'/'history.jsonl').write_text('{"batch": 5, "validation/accuracy": 0.5}\n{"batch": 9, "validation/accuracy": 0.6}\n')
-    say = lambda k, word, times: f'\n\nHuman: {k}?\n\nAssistant: {word*times}'
-    sides = [[say(k, 'yes ', k % 3 + 1) for k in range(n)], [say(k, 'no ', k % 5 + 1) for k in range(n)]][::-1 if turned else 1]
-    columns = dict(id=ids, subset=subsets, chosen=sides[0], rejected=sides[1])
+    ids = [f's/test:{k}' for k in range(n)]
+    subsets = ['s', 't']*(n//2)
+    margins = [1. + k/10 if is_right else -1. - k/10 for k, is_right in enumerate(right)]
+    n_chosen = [20 + k % 3 for k in range(n)]
+    n_rejected = [20 + k % 5 for k in range(n)]
+    table = pair_table(ids, subsets, margins, [0.]*n, n_chosen, n_rejected, n_shared=[9]*n)
+    chosen = [dialogue(k, 'yes ', k % 3 + 1) for k in range(n)]
+    rejected = [dialogue(k, 'no ', k % 5 + 1) for k in range(n)]
+    if turned: chosen, rejected = rejected, chosen
+    columns = dict(id=ids, subset=subsets, chosen=chosen, rejected=rejected)
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     for split in ('validation', 'test'):
         write_pair_table(table, folder/'results'/f'{split}_pairs.jsonl')
-        with gzip.open(folder/'data'/f'{split}_texts.jsonl.gz', 'wt', encoding='utf-8') as f:
-            for row in zip(*columns.values()): f.write(json.dumps(dict(zip(columns, row))) + '\n')
+        write_rows(folder/'data'/f'{split}_texts.jsonl.gz', rows)
+
+    scores = pair_scores(margins, [0.]*n, subsets)
+    summary = SUMMARY | dict(seed=seed, validation=scores, test=scores) | changes
+    (folder/'results'/'summary.json').write_text(json.dumps(summary))
+    (folder/'results'/'history.jsonl').write_text(HISTORY)
+    (folder/'data'/'config.yaml').write_text(f'seed: {seed}\n{settings}', encoding='utf-8')
     ended = f'2026-01-01T00:00:{i:02}+00:00'
-    provenance = dict(status='done', started=ended, ended=ended, source=dict(commit='c'*40, dirty=False), pairs=dict.fromkeys(('train', 'validation', 'test'), fingerprint(columns))) | origin
+    pairs = dict.fromkeys(('train', 'validation', 'test'), fingerprint(columns))
+    source = dict(commit='c'*40, dirty=False)
+    provenance = dict(status='done', started=ended, ended=ended, source=source, pairs=pairs) | origin
     (folder/'data'/'provenance.json').write_text(json.dumps(provenance))
     return folder

@@ -1,17 +1,22 @@
-"The docs site as far as it goes without Quarto: every page is prepared, has title, description and a place in the sidebar; README.md is current."
+"""The docs site as far as it goes without Quarto:
+every page is prepared, has title, description and a place in the sidebar; README.md is current."""
 import ast, json, os, re, shutil, subprocess, sys
-from pathlib import Path
 import pytest, yaml
+from conftest import root
 
-root = Path(__file__).parent.parent
-notebooks = sorted(f.relative_to(root/'nbs').as_posix() for f in (root/'nbs').rglob('[!._]*.ipynb'))
+nbs = root/'nbs'
+notebooks = sorted(f.relative_to(nbs).as_posix() for f in nbs.rglob('[!._]*.ipynb'))
 
 
 def run(code, cwd):
-    return subprocess.run([sys.executable, '-c', code], cwd=cwd, text=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(root)})
+    env = os.environ | {'PYTHONPATH': str(root)}
+    return subprocess.run([sys.executable, '-c', code], cwd=cwd, env=env, text=True, capture_output=True)
 
 
-def cells(path): return json.loads(Path(path).read_text(encoding='utf-8'))['cells']
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+
+def source(cell): return ''.join(cell['source'])
 
 
 @pytest.fixture(scope='module')
@@ -19,51 +24,87 @@ def copy(tmp_path_factory):
     "A copy of what the docs are made from, where the build may write"
     path = tmp_path_factory.mktemp('docs')
     shutil.copy(root/'settings.ini', path)
-    shutil.copytree(root/'nbs', path/'nbs', ignore=shutil.ignore_patterns('.*'))
+    shutil.copytree(nbs, path/'nbs', ignore=shutil.ignore_patterns('.*'))
     return path
 
 
+def pages(entry):
+    "The pages of an entry of the sidebar: a page, or a section with entries of its own"
+    if isinstance(entry, str): yield entry
+    else:
+        for o in entry['contents']: yield from pages(o)
+
+
 def test_sidebar_lists_every_notebook():
-    def hrefs(o): return [o] if isinstance(o, str) else [h for c in o['contents'] for h in hrefs(c)]
-    listed = hrefs(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar'])
+    sidebar = yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']
+    listed = [*pages(sidebar)]
     assert sorted(listed) == notebooks
-    assert listed[0] == 'index.ipynb' and listed[1:] == sorted(listed[1:])
+    assert listed[0] == 'index.ipynb'
+    assert listed[1:] == sorted(listed[1:])
 
 
 @pytest.mark.parametrize('name', notebooks)
 def test_title_cell_holds_nothing_else(name):
     # subtle: the docs build takes title and description from the first cell, then drops the cell with all else in it
-    assert re.fullmatch(r'# .+\n+> .+\n*', ''.join(cells(root/'nbs'/name)[0]['source']))
+    first, *_ = cells(nbs/name)
+    assert re.fullmatch(r'# .+\n+> .+\n*', source(first))
+
+
+def saved_texts(name):
+    "All saved outputs of a notebook but figures, each as JSON"
+    for cell in cells(nbs/name):
+        for output in cell.get('outputs', []):
+            data = output.get('data') or output
+            yield json.dumps({k: v for k, v in data.items() if not k.startswith('image/')})
 
 
 @pytest.mark.parametrize('name', notebooks)
 def test_saved_outputs_hold_no_path_and_no_warning(name):
-    said = [json.dumps({k: v for k, v in (o.get('data') or o).items() if not k.startswith('image/')}) for c in cells(root/'nbs'/name) for o in c.get('outputs', [])]
-    assert not [x[:200] for x in said if re.search(r'site-packages|Warning:|[" ]/(home|root|tmp|work)/', x)]
+    unwanted = re.compile(r'site-packages|Warning:|[" ]/(home|root|tmp|work)/')
+    assert not [text[:200] for text in saved_texts(name) if unwanted.search(text)]
+
+
+def runs_in_docs(src):
+    "Whether the docs build looks for imports in a cell of this source"
+    if re.search(r'^#\|\s*(export|eval: false)', src, re.M): return False
+    return 'nbdev_export()' not in src and not src.startswith('%')
 
 
 @pytest.mark.parametrize('name', notebooks)
 def test_imports_stand_alone(name):
     # subtle: the docs build runs cells with imports whole, but not what they may need from the cells above
-    for src in (''.join(c['source']) for c in cells(root/'nbs'/name) if c['cell_type'] == 'code'):
-        if re.search(r'^#\|\s*(export|eval: false)', src, re.M) or 'nbdev_export()' in src or src.startswith('%'): continue
+    for cell in cells(nbs/name):
+        src = source(cell)
+        if cell['cell_type'] != 'code' or not runs_in_docs(src): continue
         kinds = {type(n) for n in ast.walk(ast.parse(src))}
-        assert not (kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}), src
+        imports, works = kinds & {ast.Import, ast.ImportFrom}, kinds & {ast.Expr, ast.Assign}
+        assert not (imports and works), src
+
+
+PREPARE = '''\
+if __name__ == "__main__":
+    from nbdev.serve import proc_nbs
+    proc_nbs(force=True)
+'''
 
 
 def test_pages_are_prepared(copy):
     "All of nbdev_docs but the rendering"
-    res = run('if __name__ == "__main__":\n    from nbdev.serve import proc_nbs; proc_nbs(force=True)', copy)
+    res = run(PREPARE, copy)
     assert res.returncode == 0, res.stderr
     for name in notebooks:
-        meta = yaml.safe_load(''.join(cells(copy/'_proc'/name)[0]['source']).split('---')[1])
-        assert meta['title'] and meta['description']
+        first, *_ = cells(copy/'_proc'/name)
+        meta = yaml.safe_load(source(first).split('---')[1])
+        assert meta['title']
+        assert meta['description']
 
 
 def test_settings_are_in_nbdev_yml(copy):
     res = run('from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', copy)
     assert res.returncode == 0, res.stderr
-    for name in ('nbdev.yml', '_quarto.yml'): assert (copy/'nbs'/name).read_text() == (root/'nbs'/name).read_text()
+    for name in ('nbdev.yml', '_quarto.yml'):
+        written = (copy/'nbs'/name).read_text()
+        assert written == (nbs/name).read_text()
 
 
 def test_readme_is_current():

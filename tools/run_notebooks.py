@@ -5,9 +5,10 @@
     python tools/run_notebooks.py nbs/01_data.ipynb      one
     python tools/run_notebooks.py --flags slow -j 2      cells marked `#| slow` too, two notebooks at a time
 
-What nbdev_test skips is skipped here too and keeps its saved outputs: cells with a flag of settings.ini's tst_flags or with
-`eval: false`, calls of nbdev_export, notebooks with `skip_exec: true`. Each notebook has a process of its own. The first error
-ends everything, leaves the notebook's file as it was, and is told with its traceback."""
+What nbdev_test skips is skipped here too and keeps its saved outputs: cells with a flag of settings.ini's tst_flags
+or with `eval: false`, calls of nbdev_export, notebooks with `skip_exec: true`.
+Each notebook has a process of its own. The first error ends everything, leaves the notebook's file as it was,
+and is printed with its traceback."""
 import argparse, os, subprocess, sys, time
 from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,8 @@ def run_notebook(fname, flags):
     def skip(cell):
         "As nbdev_test skips; what it does not skip loses its saved outputs"
         if cell.cell_type != 'code' or 'nbdev_export'+'(' in cell.source: return True
-        if cell.directives_.get('eval:', ['true'])[0].lower() == 'false' or skipped_flags & cell.directives_.keys(): return True
+        if cell.directives_.get('eval:', ['true'])[0].lower() == 'false': return True
+        if skipped_flags & cell.directives_.keys(): return True
         cell.outputs = []
 
     def keep_slim(cell):
@@ -57,8 +59,9 @@ def run_notebook(fname, flags):
     shell = CaptureShell(fname)
     try: shell.run_all(nb, exc_stop=True, preproc=skip, postproc=keep_slim)
     except Exception: sys.exit(shell.prettytb(fname=fname.name))
-    code = [[c for c in o.cells if c.cell_type == 'code'] for o in (saved, nb)]  # `nb` lost its directives and front matter
-    for old, new in zip(*code, strict=True): old.outputs = new.outputs
+    # outputs go over to `saved`: `nb` lost its directives and front matter
+    def code(o): return [c for c in o.cells if c.cell_type == 'code']
+    for old, new in zip(code(saved), code(nb), strict=True): old.outputs = new.outputs
     write_nb(saved, fname)
     nbdev_clean(fname=str(fname))
 
@@ -68,18 +71,21 @@ def main():
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all of nbs/')
     p.add_argument('--flags', default='', help="space separated flags whose cells run too, as nbdev_test's")
     p.add_argument('-j', type=int, default=1, help='notebooks at a time')
-    p.add_argument('--here', action='store_true', help=argparse.SUPPRESS)  # in this process: how main starts each notebook
+    # in this process: how main starts each notebook
+    p.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     args = p.parse_args()
-    if missing := [str(f) for f in args.notebooks if not f.is_file()]: p.error(f"no such notebook: {', '.join(missing)}")
+    missing = [str(f) for f in args.notebooks if not f.is_file()]
+    if missing: p.error(f"no such notebook: {', '.join(missing)}")
     if args.here: return run_notebook(args.notebooks[0].resolve(), args.flags.split())
     from nbdev.doclinks import nbglob
-    files, env = args.notebooks or sorted(nbglob(as_path=True)), os.environ | STEADY
-    failed = []
+    files = args.notebooks or sorted(nbglob(as_path=True))
+    failed, command = [], [sys.executable, __file__, '--here', '--flags', args.flags]
 
     def run_one(f):
         if failed: return
         start = time.time()
-        if subprocess.run([sys.executable, __file__, '--here', '--flags', args.flags, f], env=env).returncode: failed.append(f.name)
+        done = subprocess.run([*command, f], env=os.environ | STEADY)
+        if done.returncode: failed.append(f.name)
         else: print(f'{f.name}: {time.time()-start:.1f} s', flush=True)
 
     with ThreadPoolExecutor(args.j) as pool: list(pool.map(run_one, files))

@@ -119,10 +119,6 @@ class Run:
         "Where the run comes from and how it ended."
         return json.loads((self.data/'provenance.json').read_text(encoding='utf-8'))
 
-    def release(self):
-        "Let another process open the folder."
-        if self.lock: self.lock.release()
-
     def note(self, **entries):
         "Add to the provenance."
         write_json(self.data/'provenance.json', self.provenance | entries)
@@ -147,6 +143,11 @@ def hold(path:Path) -> FileLock:
         raise ConfigError(f'{path} can\'t be written ({e.strerror}): a run needs its folder; '
                           'RESULTS_ROOT_DIR must be writable') from None
     return lock
+
+@patch
+def release(self:Run):
+    "Let another process open the folder."
+    if self.lock: self.lock.release()
 
 # %% ../../nbs/50_training/53_runs.ipynb #3ef07322
 def open_run(
