@@ -64,7 +64,7 @@ style: $(READY) ## lines, names and types, by checkers in an environment of thei
 	.venv/style/bin/python -m pip install -q --disable-pip-version-check $(STYLE) && touch .venv/style/.ready; }
 	bash tools/style.sh
 
-check: $(READY) ## what CI checks before the tests: style, notebooks clean and exported, README current, wheel installs
+check: $(READY) style ## what CI checks before the tests: style, notebooks clean and exported, README current, wheel installs
 	PATH="$$PWD/.venv/bin:$$PATH" bash tools/check.sh
 
 clean: ## remove caches and built files (keeps .venv and results)

@@ -79,7 +79,7 @@ def load_pairs(o, vocab_size): # tokenized pairs of a folder, or random ones
     return tokenize_pairs(raw, o.tokenizer, 512, 'drop', 'train', counts)
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #266c1d76
-def run_parts(config, pairs, o) -> dict[str, list[dict]]: # rows of each part
+def run_parts(config, pairs, o) -> dict[str, list[dict]|dict]: # rows of each part, or its numbers
     out = {}
     if 'ways' in o.parts: out['ways'] = compare_ways(config, pairs, o)
     if o.against == 'trl': out['trl'] = against_trl(config, pairs, o)

@@ -13,13 +13,12 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from rlhf_flant5.core.files import ConfigError
-from rlhf_flant5.metrics.accuracy import (
-    accuracy_interval, design_effect, pair_scores, pair_table, read_pair_table, score_rows, wilson,
-    write_pair_table)
+from rlhf_flant5.metrics.accuracy import accuracy_interval, design_effect, pair_scores, pair_table
+from rlhf_flant5.metrics.accuracy import read_pair_table, score_rows, wilson, write_pair_table
 from rlhf_flant5.metrics.calibration import (
     calibration, fit_temperature, group_scores, length_correlation, length_groups, length_matched, table_scores)
-from rlhf_flant5.metrics.statistics import (
-    bootstrap_difference, compare_models, compare_seeds, holm, over_seeds, seeds_accuracy)
+from rlhf_flant5.metrics.statistics import bootstrap_difference, compare_models, compare_seeds
+from rlhf_flant5.metrics.statistics import holm, over_seeds, seeds_accuracy
 from conftest import examples
 
 

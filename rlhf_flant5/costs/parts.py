@@ -255,7 +255,7 @@ def profile_step(config, pairs, o, readout='attention_pooled_encoder') -> list[d
 
 # %% ../../nbs/70_costs/73a_parts.ipynb #4189511d
 def _trl(): # its configuration and its trainer
-    try: from trl import RewardConfig, RewardTrainer
+    try: from trl import RewardConfig, RewardTrainer    # ty: ignore[import-not-found]  not among the requirements
     except ImportError:
         raise ConfigError("--against trl: TRL is not installed; pip install 'trl==1.16.0'") from None
     return RewardConfig, RewardTrainer
