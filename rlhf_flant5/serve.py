@@ -13,6 +13,7 @@ from .use.limits import Limits
 # %% ../nbs/80_programs/88_serve.ipynb #7a48cc54
 def _option(name): return '--' + name.replace('_', '-')
 
+# %% ../nbs/80_programs/88_serve.ipynb #5f27c1b6
 def _serve_parser():
     p = new_parser('serve', formatter=ShowDefaults)
     p.add_argument('model', help='the folder of a run or of its best_model, or a model id of the hub')

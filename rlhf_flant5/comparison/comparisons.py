@@ -80,6 +80,7 @@ def _identity(run): # of its pairs; the same ids with other texts, or cut to oth
     lengths = lambda t: frozenset(zip(t.id, t.n_chosen, t.n_rejected))
     return run.summary['data_name'], *((pairs(s), lengths(run.tables[s])) for s in ('validation', 'test'))
 
+# %% ../../nbs/75_comparison/77b_comparisons.ipynb #7884e41f
 def comparisons(runs:list[Saved]) -> list[Comparison]:
     "Runs by the pairs that they were judged on; only what was judged on the same pairs is compared."
     found = {}
@@ -94,6 +95,7 @@ def comparisons(runs:list[Saved]) -> list[Comparison]:
 # %% ../../nbs/75_comparison/77b_comparisons.ipynb #97f37660
 def counted(found): return ', '.join(f'{v} ({n} run{"s"*(n > 1)})' for v, n in found.items())
 
+# %% ../../nbs/75_comparison/77b_comparisons.ipynb #0b6e2e0c
 def origin_notes(c:Comparison) -> list[str]:
     "Where the runs of a comparison differ in what no setting says: code, decided precision, training pairs."
     notes, auto = [], [r for r in c.runs if r.settings.get('training.precision') == 'auto' and 'precision' in r.origin]

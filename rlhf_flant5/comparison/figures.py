@@ -43,6 +43,7 @@ def _title(fig, text): # above all axes, from the left edge, wrapped to the figu
     text = _drawn(text, int(fig.get_figwidth()/.1))
     fig.suptitle(text, x=.01, ha='left', fontsize=10, fontweight='bold', parse_math=False)
 
+# %% ../../nbs/75_comparison/79a_figures.ipynb #9550c7d6
 def _legend(ax, **kwargs): # beside the axes; a dollar is a dollar
     legend = ax.legend(loc='center left', bbox_to_anchor=(1, .5), **kwargs)
     for t in legend.get_texts(): t.set_parse_math(False)
@@ -62,6 +63,7 @@ def _rows_figure(names, title, n_cols=1, width=3.6, beside=1.6, **kwargs):
     _title(fig, title)
     return fig, axes
 
+# %% ../../nbs/75_comparison/79a_figures.ipynb #e0695e47
 def _styles(c): # row's name -> colour, line, mark
     kinds = {(r.readout, r.trained) for r in c.models}
     by_readout = len(kinds) == len(c.models) and {readout for readout, _ in kinds} <= {*ORDER}
@@ -107,6 +109,7 @@ def difference_numbers(c:Comparison, scores:list[dict]) -> pd.DataFrame:
     return pd.DataFrame([dict(row=s['name']) | {k: s['difference'].get(k) for k in keys}
                          for s in scores if s['difference']])
 
+# %% ../../nbs/75_comparison/79a_figures.ipynb #3c1f4cc2
 def plot_differences(c:Comparison, scores:list[dict]): # None where there is one row
     "Differences to row 1 with their intervals; filled where the corrected p-value is below 0.05."
     rest = [s for s in scores if s['difference']]
@@ -177,6 +180,7 @@ def curve(run:Saved) -> pd.Series: # batch -> validation accuracy
         raise ConfigError(f'{path}: no history of a run ({first_line(e)}); remove the run') from None
     return pd.Series(found, dtype=float)
 
+# %% ../../nbs/75_comparison/79a_figures.ipynb #d2e86eb0
 def curve_numbers(c:Comparison) -> pd.DataFrame:
     "Validation accuracy of each run as training goes on."
     found = [(row.name, r.summary['seed'], *point) for row in c.models for r in row.runs for point in curve(r).items()]

@@ -158,6 +158,7 @@ _AGAINST_BASELINES = 'Against baselines, points (* where p, corrected over this 
 _SPEEDS = ('Speeds are those of the runs, validation included and kept states not: '
           'what shared a machine with other programs can\'t be compared.')
 
+# %% ../../nbs/75_comparison/79b_report.ipynb #f26c91be
 def _sections(c, scores, pairs, command): # heading -> text, but for figures
     table, costs = answer_table(c, scores), cost_table(c, scores)
     rows = '\n'.join(f'- {l}' for l in key_lines(c))
@@ -186,6 +187,7 @@ def _settings_lines(c): return '\n'.join(f'    {k}: {value_text(v)}' for k, v in
 # %% ../../nbs/75_comparison/79b_report.ipynb #d04491bd
 _PAIR_COLUMNS = ['kind', 'a', 'b', 'difference', 'low', 'high', 'p', 'p_corrected', 'n']
 
+# %% ../../nbs/75_comparison/79b_report.ipynb #b55d0806
 def write_report(c:Comparison, folder:Path,
                  command:str='',                      # that asked for it
                  formats:tuple[str, ...]=('png',)     # of the figures

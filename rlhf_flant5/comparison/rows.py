@@ -43,6 +43,7 @@ _NOT_OF_BASELINES = r'(model|training|distributed)\..*'
 _READOUTS_OWN = r'model\.(\w*pooling_output_dim|n_blocks_to_use)'
 _TRAIN = 'data.train_sha256'                  # no setting, but as good as one: the training pairs themselves
 
+# %% ../../nbs/75_comparison/77_rows.ipynb #b99c908a
 def _learned(run): return run.summary.get('baseline') is True      # a linear model
 
 # %% ../../nbs/75_comparison/77_rows.ipynb #a774d514
@@ -61,6 +62,7 @@ def value_text(v): # short: 3e-4
     text = f'{v:g}' if type(v) is float else str(v)
     return text if len(text) <= 60 else f'{text[:28]}…{text[-28:]}'
 
+# %% ../../nbs/75_comparison/77_rows.ipynb #ae24bfe0
 def setting_text(name, key, settings): return f'{name}={value_text(settings[key])}' if key in settings else f'{name} absent'
 
 # %% ../../nbs/75_comparison/77_rows.ipynb #9b374fb7

@@ -35,6 +35,7 @@ class Saved:
     def commit(self):
         return self.origin.get('commit', 'unknown')[:12] + ' with changes'*(self.origin.get('dirty') is True)
 
+# %% ../../nbs/75_comparison/76_runs.ipynb #973f68d3
 def _read_run(folder:Path) -> Saved:
     "A run's folder, read. Raises `FileNotFoundError` if it is not finished, `ConfigError` if it is damaged."
     summary = read_summary(folder/'results'/'summary.json')

@@ -35,6 +35,7 @@ def _correct(found): # Holm's p-values over the differences of one table, where 
     family = [d for d in found if d['recipes']]
     for d, p in zip(family, holm([d['p'] for d in family])): d['p_corrected'] = float(p)
 
+# %% ../../nbs/75_comparison/78_scores.ipynb #a8e485f0
 def speed_is_own(row:Row) -> bool:
     "Whether a row's speed is its own: readouts of all tokens share the passes of a frozen transformer."
     alone = [r.summary['train_transformer'] or r.summary['cached_states'] for r in row.runs]

@@ -40,6 +40,7 @@ FOOTNOTES = [
     'shared: this row shared the passes of a frozen transformer with others, so that no speed or memory of its own '
     'is known.']
 
+# %% ../../nbs/75_comparison/79_tables.ipynb #88ea1ae9
 def footnotes(text:str # a table
              ) -> str:
     "The footnotes that a table refers to, a line each."
@@ -60,6 +61,7 @@ def key_lines(c:Comparison) -> list[str]:
     "What the short names of a table stand for."
     return [f'{short}: {words}' for short, words in c.key.items()]
 
+# %% ../../nbs/75_comparison/79_tables.ipynb #c017743f
 def subset_table(scores:list[dict]) -> str:
     "Test accuracy of each subset."
     names = [*scores[0]['subsets']]

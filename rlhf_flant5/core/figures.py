@@ -18,6 +18,7 @@ BOOK_STYLE:dict[str, Any] = {
     'legend.frameon': False, 'figure.dpi': 100,
     'axes.prop_cycle': cycler(color=_COLOURS)}
 
+# %% ../../nbs/00_core/02_figures.ipynb #b6c1df90
 def figure(n_cols:int=1,       # axes side by side
            n_rows:int=1,
            width:float=4.2,    # of one axes, inches

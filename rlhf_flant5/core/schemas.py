@@ -110,6 +110,7 @@ class Lora(Foreign):
 def _size(most):
     return Field(None, ge=1, le=most, description=f'a whole number from 1 to {most:,}')
 
+# %% ../../nbs/00_core/03c_schemas.ipynb #4ba92529
 class T5Sizes(Foreign):
     "The architecture of a T5, of its `config.json`; None: as in T5's own defaults."
     fault:ClassVar[str] = '{field} {seen} in config.json: {rule}'

@@ -37,6 +37,7 @@ def _seen(error):
     value = error['input']
     return type(value).__name__ if isinstance(value, (list, dict)) else reprlib.repr(value)
 
+# %% ../../nbs/00_core/03b_trust.ipynb #bf412f08
 def _rule(schema, error):
     field = schema.model_fields.get(error['loc'][0]) if error['loc'] else None
     if field and field.description: return f'must be {field.description}'
@@ -165,6 +166,7 @@ def read_summary(path:Path # a run's `results/summary.json`
 # %% ../../nbs/00_core/03b_trust.ipynb #33b82f1d
 _MAX_CONFIG = 2**16   # bytes; a run's own has some 2,000
 
+# %% ../../nbs/00_core/03b_trust.ipynb #e2ea4929
 def read_settings(path:Path # a run's `data/config.yaml`
                  ) -> dict: # `training.optimizer.init_lr` -> value
     "The settings of a run, as dotted keys. Raises `ConfigError` if they are damaged, grow or can't be printed."

@@ -27,6 +27,7 @@ SAME = ['experiment=toy', 'training.precision=fp32', 'model.dropout=0', 'sim_man
         'training.loop.intervals.train_status_update={interval_val: 1, interval_type: batches}']
 REPORTS = 'train/loss', 'validation/loss', 'validation/accuracy'
 
+# %% ../../nbs/70_costs/72a_measured.ipynb #092f0924
 def _train(root, n, strategy, n_batches, settings) -> Path: # results of the run
     desc = f'{strategy}-{n}'
     overrides = [f'desc={desc}', 'index=1', *SAME, f'training.loop.n_batches={n_batches}',

@@ -72,6 +72,7 @@ class Architecture:
 def _weights(tensors): return sum(t.numel() for t in tensors)
 def _blocks(stack): return tuple(_weights(block.parameters()) for block in stack.block)
 
+# %% ../../nbs/70_costs/71_paper.ipynb #6edb0ddf
 @cache
 def architecture(size:str,            # base, large, xl, …
                  decoder:bool=False,  # trained with its decoder

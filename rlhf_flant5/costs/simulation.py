@@ -91,6 +91,7 @@ def fsdp_seconds(s:Setup, t:np.ndarray # of the micro-batches, (processes, micro
 # %% ../../nbs/70_costs/72_simulation.ipynb #3e41fadd
 def _exchanged(s, t): return (ddp_seconds if s.shards == 1 else fsdp_seconds)(s, t)
 
+# %% ../../nbs/70_costs/72_simulation.ipynb #f2b60e8f
 def simulate(s:Setup,
              lengths:np.ndarray,   # tokens of the pairs that steps are drawn from, (pairs, 2)
              batch_size:int,

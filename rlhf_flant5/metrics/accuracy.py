@@ -82,6 +82,7 @@ def margins(chosen, rejected) -> np.ndarray: # (n,)
                           'lower training.optimizer.init_lr, set max_grad_norm, or take training.precision=fp32')
     return chosen - rejected
 
+# %% ../../nbs/40_metrics/41_accuracy.ipynb #5a3f081e
 def pair_points(margin): # what each pair is worth: 1, a tie 1/2, or 0
     return (margin > 0) + .5*(margin == 0)
 
@@ -128,6 +129,7 @@ _KINDS = (dict(id=str, subset=str)                                              
 
 def _is_name(column): return column.map(lambda v: v.isprintable() and 0 < len(v) <= 1000).astype(bool)
 
+# %% ../../nbs/40_metrics/41_accuracy.ipynb #a754cc36
 def _fault(table):
     "(position, what is wrong) of the first row that is none, or None."
     shorter = table[['n_chosen', 'n_rejected']].min(axis=1)
@@ -168,6 +170,7 @@ def write_pair_table(table:pd.DataFrame, # of `pair_table`
     with open(path, 'w', encoding='utf-8') as f:
         for row in rows: f.write(json.dumps(row, allow_nan=False) + '\n')
 
+# %% ../../nbs/40_metrics/41_accuracy.ipynb #32702cfb
 def read_pair_table(path:Path # `results/test_pairs.jsonl` of a run, or another that `write_pair_table` wrote
                    ) -> pd.DataFrame: # as `pair_table` gives
     "The table in a file. Raises `ConfigError` in one line, with file and line, for anything else."

@@ -52,6 +52,7 @@ _MARKS = '- [ ] the label is wrong\n- [ ] the models are wrong\n- [ ] cannot tel
 
 def _probability_line(row): return f'Probability of the labelled choice {row.probability:.3f}, mean of {row.n_models}'
 
+# %% ../../nbs/40_metrics/44_sheets.ipynb #fae9d059
 def write_sheet(found:pd.DataFrame,                   # of `suspicious`
                 texts:Mapping[str, tuple[str, str]],  # id -> chosen and rejected text
                 path:Path,

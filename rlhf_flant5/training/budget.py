@@ -101,6 +101,7 @@ def _n_operations(loop_cfg, model, train:Batches) -> float: # of the whole run, 
     a_token = (6 if model.backbone.trained else 2) * n_weights
     return a_token * epochs * int(train.tokens.sum()) / n_processes()
 
+# %% ../../nbs/50_training/59b_budget.ipynb #69c747b3
 def _run_pays(cfg, model, train:Batches, device, precision:str) -> bool:
     "Whether compiling pays for a run; never where its saving is not known, as on Apple's MPS."
     saves = COMPILE_SAVES.get((device.type, precision))
@@ -112,6 +113,7 @@ def _run_pays(cfg, model, train:Batches, device, precision:str) -> bool:
     if pays: log.info(f'compiling: the run takes about {minutes:,.0f} minutes without, the warm-up half a minute')
     return pays
 
+# %% ../../nbs/50_training/59b_budget.ipynb #afc7a9ba
 def compile_if_it_pays(cfg, model, train:Batches, accelerator) -> bool:
     "Compile as `training.compile` says; whether it was done."
     want = cfg.training.compile

@@ -37,6 +37,7 @@ def _keeps_rate(settings:dict) -> bool:
     warmup_is_share = 0 < settings.get('training.optimizer.warmup', 0) < 1     # of the whole run
     return constant and not warmup_is_share
 
+# %% ../../nbs/50_training/52_changes.ipynb #c0ff217a
 def longer_run(
     old:dict, new:dict # settings, dotted key -> value
 )->bool:               # whether `new` is `old` with more epochs

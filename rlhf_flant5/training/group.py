@@ -133,6 +133,7 @@ def save_best(m:Member, saver:Saver, facts:dict):
 # %% ../../nbs/50_training/59i_group.ipynb #4915900d
 def _n_values(parameters): return sum(p.numel() for p in parameters)
 
+# %% ../../nbs/50_training/59i_group.ipynb #95edd6bc
 def summarize(m:Member, best, scores:dict, begun:float) -> dict:
     "What a finished run says of itself."
     cfg, model, loop, state = m.cfg, m.model, m.loop, m.loop.state

@@ -26,6 +26,7 @@ CLASSICAL = ['tf-idf', 'tf-idf per subset']
 def _rows(subsets, subset): # of one subset; None: all
     return np.arange(len(subsets)) if subset is None else np.flatnonzero(subsets == subset)
 
+# %% ../../nbs/50_training/59k_linear.ipynb #32febdac
 def _classical_rewards(splits, name:str): # ({validation, test}: chosen and rejected rewards, (2, n)), parameters
     "Linear models fitted to the training pairs. Raises `ConfigError` without scikit-learn."
     rewards = {split: np.zeros((2, len(splits[split]))) for split in ('validation', 'test')}

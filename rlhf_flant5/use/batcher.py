@@ -17,6 +17,7 @@ from .stream import rewards_or_errors
 # %% ../../nbs/60_use/65_batcher.ipynb #50c87c40
 class Failed(Exception): "The model gave no reward."
 
+# %% ../../nbs/60_use/65_batcher.ipynb #d4677933
 class Batcher:
     "Score texts of many clients together, in the order in which they came."
     def __init__(self,

@@ -65,6 +65,7 @@ def _merge(transformer):
         parent, _, own = name.rpartition('.')
         setattr(transformer.get_submodule(parent), own, layer.base_layer)
 
+# %% ../../nbs/60_use/68_elsewhere.ipynb #a329d203
 def export_backbone(name:str,  # a saved reward model
                     out:Path   # a new folder
                    ):

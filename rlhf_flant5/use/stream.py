@@ -180,6 +180,7 @@ def _check_tail(tail, line): # the beginning of a row, and the row that it shoul
 # %% ../../nbs/60_use/63_stream.ipynb #82f24785
 def _json_row(row): return json.dumps(row).encode() + b'\n'
 
+# %% ../../nbs/60_use/63_stream.ipynb #df127410
 def score_stream(model,
                  lines,               # numbered
                  out,                 # a binary file, at the end of its whole rows
