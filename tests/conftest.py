@@ -93,6 +93,17 @@ short = [
     'sim_man.allow_untracked=true']
 
 
+@pytest.fixture(scope='session')
+def trained_run(tmp_path_factory):
+    "The folder of a run on the toy world: two batches, judged on all its test pairs. Take a copy to change it."
+    from rlhf_flant5.train import train
+    settings = ['experiment=toy', 'model=decoder_output', 'desc=trained', 'training.precision=fp32',
+                'data.n_train_data=64', 'data.n_test_data=0', 'training.loop.n_val_data=64']
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('RESULTS_ROOT_DIR', str(tmp_path_factory.mktemp('results')))
+        return train([*settings, *short])['folder']
+
+
 def examples(n):
     """Settings of a property test: `n` examples, the same ones each time;
     $FUZZ_EXAMPLES times as many, and others each time, if that is set."""

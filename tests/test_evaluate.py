@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples, program, short
+from conftest import examples, program, summary_of
 from datasets import Dataset
 from hypothesis import given, strategies as st
 from rlhf_flant5.backbone.t5 import Backbone
@@ -17,7 +17,6 @@ from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer, toy_transformer
 from rlhf_flant5.evaluate import main
 from rlhf_flant5.metrics.accuracy import pair_scores, read_pair_table
 from rlhf_flant5.models.base import readout_class, RewardModel
-from rlhf_flant5.train import train
 from rlhf_flant5.use import evaluation
 from rlhf_flant5.use.evaluation import evaluate, FILES, REWARDBENCH, score_pairs, show_report, write_report
 from transformers import T5Model
@@ -420,13 +419,11 @@ def test_intervals_are_by_conversation(model, pairs):
     assert all('design_effect' in scores for scores in report['baselines'].values())
 
 
-def test_a_runs_table_and_evaluate_agree(results, tmp_path, capsys):
+def test_a_runs_table_and_evaluate_agree(trained_run, tmp_path, capsys):
     "In fp32 to the digit, intervals by conversation too; and what the run had is said beside it."
-    summary = train(['experiment=toy', 'model=decoder_output', 'training.precision=fp32', 'data.n_train_data=64',
-                     'data.n_test_data=0', 'training.loop.n_val_data=64', *short])
-    best, out = summary['folder']/'simulation'/'best_model', tmp_path/'out'
+    best, out = trained_run/'simulation'/'best_model', tmp_path/'out'
     assert run(best, 'toy', out) == 0
-    printed, scores, own = capsys.readouterr().out, read_report(out)['scores'], summary['test']
+    printed, scores, own = capsys.readouterr().out, read_report(out)['scores'], summary_of(trained_run)['test']
     assert scores['n_conversations'] == own['n_conversations'] == 974
     assert own['design_effect'] > 0
     for k in ('accuracy', 'low', 'high', 'design_effect'): assert scores[k] == pytest.approx(own[k], abs=2e-3)

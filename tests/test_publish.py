@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from conftest import root
+from conftest import root, summary_of
 from test_score import build
 from transformers import AutoModel
 from rlhf_flant5.core.files import ConfigError
@@ -88,6 +88,14 @@ def test_card_says_what_the_files_say(run):
         "from_pretrained('me/it')", 'offensive', 'not a safety filter']
     assert [text for text in expected if text not in card] == []
     assert 'toy world' not in card and 'No model can reach' not in card
+
+
+def test_card_of_a_trained_run(trained_run):
+    "What a real run writes is enough for its card."
+    card = re.sub(' +', ' ', model_card(trained_run, 'me/it', 'mit'))
+    accuracy = summary_of(trained_run)['test']['accuracy']
+    assert f'| **this model** | {100*accuracy:.1f} (' in card
+    assert 'toy world' in card and 'No model can reach' in card
 
 
 def test_brier_score_by_hand(run):

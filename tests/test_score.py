@@ -1,5 +1,5 @@
 "Scores as a user gets them: alone and in batches, and the program on streams, with bad lines, killed and resumed."
-import csv, gzip, io, json, os, pydoc, random, re, shutil, signal, subprocess, sys, time
+import csv, gzip, io, json, os, pydoc, random, re, signal, subprocess, sys, time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -352,20 +352,13 @@ def test_reader_that_leaves_early(folder, tmp_path):
 
 # ---- as a library
 
-def as_run(folder, tmp_path):
-    run_folder = tmp_path/'desc-x,index-0'
-    (run_folder/'simulation').mkdir(parents=True)
-    shutil.copytree(folder, run_folder/'simulation'/'best_model')
-    return run_folder
-
-
-def test_a_runs_folder_is_a_models_too(folder, tmp_path, capsys):
-    run_folder = as_run(folder, tmp_path)
-    of_run, of_model = (RewardModel.from_pretrained(path).score(texts[0]) for path in (run_folder, folder))
+def test_a_runs_folder_is_a_models_too(trained_run, tmp_path, capsys):
+    best = trained_run/'simulation'/'best_model'
+    of_run, of_model = (RewardModel.from_pretrained(path).score(texts[0]) for path in (trained_run, best))
     assert of_run == of_model
-    assert run(run_folder, write_rows(tmp_path/'in.jsonl', 2)) == 0
+    assert run(trained_run, write_rows(tmp_path/'in.jsonl', 2)) == 0
     assert capsys.readouterr().out.count('"reward"') == 2
-    export_backbone(run_folder, tmp_path/'t5')
+    export_backbone(trained_run, tmp_path/'t5')
     assert (tmp_path/'t5'/'model.safetensors').exists()
 
 
@@ -381,10 +374,10 @@ def test_loaded_where_it_is_asked_for(folder):
     assert RewardModel.from_pretrained(folder).backbone.transformer.device.type == best_device().type
 
 
-def test_a_plain_t5_is_named_as_such(folder, model_folder, tmp_path, capsys):
+def test_a_plain_t5_is_named_as_such(folder, model_folder, trained_run, capsys):
     with pytest.raises(ConfigError, match='this is a plain T5, not a reward model; train one with'):
         RewardModel.from_pretrained(str(model_folder))
-    for name in (as_run(folder, tmp_path), folder):
+    for name in (trained_run, folder):
         with pytest.raises(ConfigError, match='this is a saved reward model, not a plain T5'): load_tokenizer(str(name))
     assert run(model_folder) == 2
     error = capsys.readouterr().err
