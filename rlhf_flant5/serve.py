@@ -37,11 +37,11 @@ if __name__ == '__main__' and '__file__' in globals(): early(_serve_parser)
 
 # %% ../nbs/80_programs/88_serve.ipynb #31347d8e
 import sys
-from importlib import import_module
 from .core.files import ConfigError
 try:
     import uvicorn
-    for library in ('fastapi', 'h11'): import_module(library)
+    from fastapi import FastAPI
+    from rlhf_flant5.use.gate import FewLines, HeadInTime      # they need h11
 except ImportError:
     missing = "serving needs FastAPI and uvicorn; pip install 'rlhf_flant5[serve]'"
     if __name__ == '__main__':
@@ -54,12 +54,11 @@ import logging, signal, socket, warnings
 from functools import partial
 from .core.docs import show_parameters
 from .core.program import program
-from .use.gate import FewLines, HeadInTime
 from .use.scorer import load_model
 from .use.service import make_app
 
 # %% ../nbs/80_programs/88_serve.ipynb #d06d85ae
-def make_server(app,                    # of `make_app`
+def make_server(app:FastAPI,            # of `make_app`
                 limits:Limits,
                 access_log:bool=False   # log each request
                ) -> uvicorn.Server:

@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'accuracy_numbers', 'plot_accuracy', 'difference_numbers',
            'plot_calibration', 'length_numbers', 'plot_length', 'plot_disagreement']
 
 # %% ../../nbs/75_comparison/79a_figures.ipynb #3a0c458d
-import itertools, json, math, textwrap
+import itertools, math, textwrap
 from functools import cache
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from .runs import ORDER, Saved
 from .scores import disagreement_numbers, speed_is_own
 from .tables import p_text
 from ..core.figures import BOOK_STYLE, figure
-from ..core.files import ConfigError, first_line, read_bytes
+from ..core.files import ConfigError, first_line, read_jsonl
 from ..core.trust import HistoryPoint, trusted
 from ..metrics.accuracy import wilson
 from ..metrics.calibration import reliability
@@ -172,11 +172,8 @@ def curve(run:Saved) -> pd.Series: # batch -> validation accuracy
     def point(h):
         found = trusted(HistoryPoint, h, path)
         return found.batch, found.accuracy
-    try:
-        rows = map(json.loads, read_bytes(path, 2**28).splitlines())
-        found = dict(point(h) for h in rows if 'validation/accuracy' in h.keys())
-    except ConfigError: raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    try: found = dict(point(h) for _, h in read_jsonl(path) if 'validation/accuracy' in h.keys())
+    except AttributeError as e:     # a line that is no object
         raise ConfigError(f'{path}: no history of a run ({first_line(e)}); remove the run') from None
     return pd.Series(found, dtype=float)
 
