@@ -55,7 +55,7 @@ def read_json(path:Path) -> dict:
 MAX_LINE, MAX_BLANK = 2**24, 1000   # bytes of a line; blank lines in a row
 
 def _read_lines(path:Path # compressed if it ends in `.gz`
-              ):
+               ):
     "Yield (number, bytes) of the lines that are not blank. Raises `ConfigError` for a line or a gap that is too long."
     opener = gzip.open if path.suffix == '.gz' else open
     n = blank = 0
@@ -102,7 +102,7 @@ def try_jsonl(path:Path # `.jsonl` or `.jsonl.gz`
             except ConfigError as e: found = e
             yield n, found
         if not n: yield 1, ConfigError(f'{path}: no row; fetch it again, or take its folder out of data.subdirs')
-    except ConfigError as e: yield n + 1, e             # subtle: of `read_lines`, which ends there
+    except ConfigError as e: yield n + 1, e             # subtle: of `_read_lines`, which ends there
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         why = f'the gzip file is cut off or damaged here, or none at all ({e})'
         yield n + 1, ConfigError(f'{path}:{n + 1}: {why}; fetch it again, or name it .jsonl if it is plain text')

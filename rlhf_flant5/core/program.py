@@ -143,10 +143,10 @@ def _is_bad_file(e:BaseException) -> bool:
 
 # %% ../../nbs/00_core/06_program.ipynb #f85955bd
 def _line_and_code(e:BaseException,
-                  failures:tuple, # kinds that are a failure and no mistake of ours
-                  go_on:str,      # how an interrupted program goes on
-                  remedy:str      # after a failure of the system
-                 ) -> tuple[str, int]: # what to say, exit code
+                   failures:tuple, # kinds that are a failure and no mistake of ours
+                   go_on:str,      # how an interrupted program goes on
+                   remedy:str      # after a failure of the system
+                  ) -> tuple[str, int]: # what to say, exit code
     "What an error means. Raises one that nobody expected again."
     from rlhf_flant5.core.files import ConfigError
     if isinstance(e, KeyboardInterrupt):

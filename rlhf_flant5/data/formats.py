@@ -128,12 +128,12 @@ def _check_share(bad, n, tolerate): # of bad rows
 
 # %% ../../nbs/10_data/16_formats.ipynb #7cfcbd64
 def _pairs_of_rows(rows,                   # (number, row or `ConfigError`) of each
-                  source:str,             # begins a message
-                  stem:str='pairs',       # subset where a row names none, and beginning of an id
-                  columns:dict|None=None, # of `FIELDS`, the names that the rows have for them
-                  tolerate:float=0,       # at most this share of bad rows is left out
-                  bad:list|None=None      # gets what is wrong with each of them
-                 ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
+                   source:str,             # begins a message
+                   stem:str='pairs',       # subset where a row names none, and beginning of an id
+                   columns:dict|None=None, # of `FIELDS`, the names that the rows have for them
+                   tolerate:float=0,       # at most this share of bad rows is left out
+                   bad:list|None=None      # gets what is wrong with each of them
+                  ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "Rows of one of the layouts, which the first good row decides. Raises `ConfigError` naming the row."
     reader, found, n = _Reader(stem, columns), [], 0
     bad = [] if bad is None else bad

@@ -70,9 +70,9 @@ def _rewards_of_states(model, x): # of texts of one length, (M, K, ...) -> (M,)
 # %% ../../nbs/60_use/62_explain.ipynb #62275081
 @torch.no_grad()
 def _read_weights(model:RewardModel,
-                 ids:torch.Tensor, # one text, (L,)
-                 features          # what the readout reads of it
-                ) -> tuple[torch.Tensor, torch.Tensor]: # of tokens in each block that is read, (K, L); of blocks, (K,)
+                  ids:torch.Tensor, # one text, (L,)
+                  features          # what the readout reads of it
+                 ) -> tuple[torch.Tensor, torch.Tensor]: # of tokens in each block that is read, (K, L); of blocks, (K,)
     """The weights that a readout reads with.
 
     Where it reads a first position, tokens have those of the backbone's attention."""
@@ -205,13 +205,13 @@ def _lines(tokens, width): # (line, column, what is written) of each token
 
 # %% ../../nbs/60_use/62_explain.ipynb #f3181a70
 def _plot_text(ax,
-              tokens:list[str],
-              values:np.ndarray,
-              cmap:str,
-              low:float,
-              high:float,
-              width:int=108 # in letters
-             ): # the scale of colours, for `fig.colorbar`
+               tokens:list[str],
+               values:np.ndarray,
+               cmap:str,
+               low:float,
+               high:float,
+               width:int=108 # in letters
+              ): # the scale of colours, for `fig.colorbar`
     "Tokens as running text, each on the colour of its value."
     places, scale = _lines(tokens, width), ScalarMappable(plt.Normalize(low, high), cmap)
     for (line, column, text), color in zip(places, scale.to_rgba(values)):
