@@ -172,7 +172,7 @@ def _file_rows(path): # (number, row or `ConfigError`)
     yield from enumerate(rows, 1)
 
 def read_pair_file(path:str|Path, # of one of `READS`
-                   **kwargs   # of `pairs_of_rows`
+                   **kwargs   # of `_pairs_of_rows`
                   ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "The pairs in a file of one of the layouts, which the first row decides. Raises `ConfigError` naming file and line."
     path = Path(path)
@@ -236,7 +236,7 @@ def load_pairs(name:str,                    # `toy`, a file, a folder in the hub
                split:str='test',            # train or test; a file has none
                subsets:list[str]|None=None, # None: all there are (of the hub, those of the configuration)
                counts:dict|None=None,       # gets a Counter for each subset
-               **kwargs                     # of `pairs_of_rows`, for a file
+               **kwargs                     # of `_pairs_of_rows`, for a file
               ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
     "Pairs to evaluate on; pairs of two equal texts are dropped. Raises `ConfigError` in one line."
     counts = defaultdict(Counter) if counts is None else counts
