@@ -41,7 +41,7 @@ from .config.names import choices
 from .core.files import ConfigError, read_json
 from .core.program import BAD_INPUT, DONE, program, table_code
 from .metrics.accuracy import show_scores
-from .training.jobs import as_they_end, Pool, sweep
+from .training.jobs import as_they_end, combinations, Pool
 from .training.linear import CLASSICAL, classical_scores
 from .training.plan import check_owned, is_done, is_held, Job, plan, run_config, run_folder, was_taken
 from .training.runs import open_run, results_root
@@ -276,7 +276,7 @@ def main(args):
     check_owned(args.settings)
     readouts, seeds = read_names(args.readouts, '--readouts', choices('model')), read_seeds(args.seeds)
     transformers = read_names(args.transformer, '--transformer', ['trained', 'frozen'])
-    groups = sweep(args.settings)
+    groups = combinations(args.settings)
     jobs = [job for settings in groups for job in plan(settings, readouts, seeds, transformers)]
     if args.dry_run: return _show_commands(jobs)
     datasets.disable_progress_bars()

@@ -59,10 +59,10 @@ from .core.program import DONE, program, table_code
 from .training.build import keeps_states, load_data, make_accelerator, model_class, n_wanted, warn_of_states
 from .training.group import build_group, closing_trackers, Data, decisions, Group, Member, note_sources
 from .training.group import save_best, summarize
-from .training.jobs import as_they_end, Pool, side_by_side, sweep
+from .training.jobs import as_they_end, combinations, Pool, side_by_side
 from .training.origin import as_decided, begin_runs, opening_lines, write_origin_page, write_result_page
 from .training.runs import open_run, protect, Run, unprotect
-from .training.scores import final_scores, keep_texts, lacks_texts
+from .training.scores import final_scores, lacks_texts, save_texts
 from .training.step import NonFiniteLoss, OutOfMemory
 from .training.terminal import closing_table, console_log, errors_only, final_lines
 from .training.together import resume_loops, run_loops
@@ -108,7 +108,7 @@ def _train_group(group:Group) -> float: # seconds
     "Train to the end."
     on_first(lambda: [write_origin_page(m.cfg, m.run, m.loop, group.data.counts) for m in group.members])
     began = time.monotonic()
-    try: run_loops(group.loops, group.share)
+    try: run_loops(group.loops, group.shared_pass)
     except KeyboardInterrupt:
         for m in group.members: save_best(m, group.saver, dict(batch=m.loop.state.best_batch))
         raise
@@ -117,7 +117,7 @@ def _train_group(group:Group) -> float: # seconds
 def _score_group(group:Group) -> list[dict]: # of each run
     "Final scores of the best models, also in TensorBoard."
     splits = group.data.splits
-    scores = final_scores(group.runs, group.loops, group.batches, splits, group.share)
+    scores = final_scores(group.runs, group.loops, group.batches, splits, group.shared_pass)
     on_first(lambda: [write_result_page(m.cfg, m.run, m.loop, splits, s) for m, s in zip(group.members, scores)])
     return scores
 
@@ -143,7 +143,7 @@ def _restore_texts(cfg, run:Run):
                     f'and they cannot be restored: {reason}; remove the run and train it again')
         return
     unprotect(run.data)
-    keep_texts(run, data.splits)
+    save_texts(run, data.splits)
     protect(run.data)
     log.info(f'run {run.dir} lacked data/*_texts.jsonl.gz, which compare and share read; they are restored')
 
@@ -250,7 +250,7 @@ def _train_jobs(runs, pool, quiet) -> int: # exit code
 # %% ../nbs/80_programs/81_train.ipynb #5f7741e0
 def _work(args, command) -> int: # exit code
     pool, code = Pool(args.jobs), DONE
-    runs = sweep(args.settings) if args.multirun else [args.settings]
+    runs = combinations(args.settings) if args.multirun else [args.settings]
     groups = [side_by_side(r) for r in runs]
     # all are checked before the first starts
     cfgs = [load_config(overrides) for overrides in itertools.chain(*groups)]

@@ -16,7 +16,7 @@ from rlhf_flant5.training.runs import Run, find_runs, unprotect
 
 # where a run can be hit: name -> (owner, function)
 EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'),
-             texts=(origin, 'keep_texts'))
+             texts=(origin, 'save_texts'))
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'),
             checkpoint=(checkpoint, 'write_checkpoint'), seal=(checkpoint, 'seal'),
             scores=(train, 'final_scores'), summary=(train, 'finish'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank', 'n_processes', 'is_first', 'wait_for_all', 'named_processes', 'EndedElsewhere', 'on_first', 'first_then_all',
-           'launch', 'end_code', 'lost_processes', 'summed', 'highest', 'collected', 'share_model', 'unsynced',
+           'launch', 'end_code', 'lost_processes', 'summed', 'highest', 'collected', 'distribute_model', 'unsynced',
            'weights_of', 'put_weights', 'moments_of', 'put_moments']
 
 # %% ../../nbs/00_core/07_processes.ipynb #cbaea988
@@ -219,10 +219,10 @@ def _shard(model, device_type):
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')       # nothing is changed in place
     return model
 
-def share_model(model:nn.Module,
-                strategy:str,    # ddp or fsdp
-                accelerator
-               ) -> nn.Module:
+def distribute_model(model:nn.Module,
+                     strategy:str,    # ddp or fsdp
+                     accelerator
+                    ) -> nn.Module:
     "A model on the device of its process, in step with the other processes."
     if isinstance(model, FSDPModule): return model
     if n_processes() == 1: return model.to(accelerator.device)
@@ -258,7 +258,7 @@ def _plain_names(model, trained): # of weights
 def weights_of(model:nn.Module,
                trained:bool=False  # only those that are trained
               ) -> dict[str, torch.Tensor]: # whole, on the CPU; empty but in the first process
-    "The weights of a shared model. All processes must call it."
+    "The weights of a distributed model. All processes must call it."
     _drop_gathered(model)
     weights = cast(dict[str, torch.Tensor], get_model_state_dict(model, options=_whole))
     names = _plain_names(model, trained)

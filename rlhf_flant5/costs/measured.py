@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from transformers import T5EncoderModel
 from ..backbone.t5 import Backbone, flan_t5_config
-from ..core.processes import is_first, launch, n_processes, share_model, unsynced
+from ..core.processes import distribute_model, is_first, launch, n_processes, unsynced
 from .paper import architecture, operations, Park, Setup, short_table, step_time
 from ..data.batches import pad_ids
 from ..data.lengths import like_hh_rlhf
@@ -99,15 +99,15 @@ def _random_texts(n_pairs): # the same in all processes: nobody waits
     lengths = like_hh_rlhf(n_pairs).T.flatten()
     return [np.random.default_rng(1).integers(3, 32000, k).tolist() for k in lengths]
 
-def _shared_models(size, a):
+def _distributed_models(size, a):
     readout = readout_class('attention_pooled_encoder')
     def model(): return readout(Backbone(T5EncoderModel(flan_t5_config(size, dropout_rate=0.))))
-    return [share_model(model(), strategy, a) for strategy in ('ddp', 'fsdp')]
+    return [distribute_model(model(), strategy, a) for strategy in ('ddp', 'fsdp')]
 
 # %% ../../nbs/70_costs/72a_measured.ipynb #450bf025
 def _time_ways(texts, big, a, o) -> dict[str, list[float]]: # seconds of each way, by step
     inputs = {k: v.to(a.device) for k, v in pad_ids(texts, 0).items()}
-    ddp, fsdp = _shared_models(o.size, a)
+    ddp, fsdp = _distributed_models(o.size, a)
     def step(model):
         model.zero_grad()
         pair_loss(model(**inputs)).sum().backward()

@@ -130,10 +130,10 @@ def frozen(config, pairs, o) -> list[dict]:
     a = accelerator(str(o.device), o.precision)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        def keep():
+        def compute():
             return keep_states(backbone, tokens, Path(folder), autocast=a.autocast, precision=precision_name(a))
-        build, _ = timed(o.device, keep)
-        hit, kept = timed(o.device, keep)
+        build, _ = timed(o.device, compute)
+        hit, kept = timed(o.device, compute)
         for readout in ('attention_pooled_encoder', 'decoder_output', 'attention_pooled_decoder'):
             model = readout_class(readout)(backbone)
             b = FeatureBatches(kept_features(model, kept), tokens)
@@ -145,10 +145,10 @@ def frozen(config, pairs, o) -> list[dict]:
 def _shared_step(names, backbone, b, a, o): # step(i) trains readouts over one pass
     models = [readout_class(name)(backbone) for name in names]
     opts = [adam(m, fused=True) for m in models]
-    share = SharedPass(backbone, models)
+    shared_pass = SharedPass(backbone, models)
     def step(i):
         s = next(ahead(b.steps(0, i), o.device))
-        s = replace(s, micro_batches=[share(m) for m in s.micro_batches])
+        s = replace(s, micro_batches=[shared_pass(m) for m in s.micro_batches])
         for m, opt in zip(models, opts): train_step(m, opt, pair_loss, s, b.ids, a)
     return step
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TIMES', 'random_rows', 'simulate_balance', 'dealt_step', 'ddp_seconds', 'fsdp_seconds', 'simulate',
-           'links_share', 'pairs_for', 'planned', 'plan', 'plan_table', 'advice', 'advices']
+           'links_fraction', 'pairs_for', 'planned', 'plan', 'plan_table', 'advice', 'advices']
 
 # %% ../../nbs/70_costs/72_simulation.ipynb #8257babf
 from collections.abc import Sequence
@@ -118,16 +118,16 @@ def simulate(s:Setup,
     return dict(zip(names, np.array(rows).T))
 
 # %% ../../nbs/70_costs/72_simulation.ipynb #e4b83c97
-def links_share(s:Setup, lengths, budget:int, k:int) -> float:
+def links_fraction(s:Setup, lengths, budget:int, k:int) -> float:
     "Share of a step of `k` pairs for each GPU that the links add, where all GPUs are equally fast; of 32 processes."
     t = simulate(s, lengths, k*s.n, budget, 3, spread=0, seen=32)
     return float(np.median(t['links']/t['step']))
 
-def pairs_for(s:Setup, lengths, budget:int, share:float=.1, most:int=512 # a GPU
+def pairs_for(s:Setup, lengths, budget:int, fraction:float=.1, most:int=512 # a GPU
              ) -> int|None: # pairs in a step; None: not with `most` for each GPU
-    "The step from which on, in powers of two, the links add at most this share."
+    "The step from which on, in powers of two, the links add at most this fraction of a step."
     k, found = most, None
-    while k >= 1 and links_share(s, lengths, budget, k) <= share:
+    while k >= 1 and links_fraction(s, lengths, budget, k) <= fraction:
         found = k*s.n
         k //= 2
     return found

@@ -121,7 +121,7 @@ class _Reader:
         return pair | (dict(own=own) if own else {})
 
 # %% ../../nbs/10_data/16_formats.ipynb #dd259973
-def _check_share(bad, n, tolerate): # of bad rows
+def _check_fraction(bad, n, tolerate): # of bad rows
     if bad and len(bad) > tolerate*n:
         raise ConfigError(f'{bad[0]} (the first of {len(bad):,} bad rows of {n:,}, '
                           f'more than the share of {tolerate:g} that is tolerated)')
@@ -144,7 +144,7 @@ def _pairs_of_rows(rows,                   # (number, row or `ConfigError`) of e
         except ConfigError as e:
             if not tolerate: raise
             bad.append(e)
-    _check_share(bad, n, tolerate)
+    _check_fraction(bad, n, tolerate)
     if not found: raise ConfigError(f'{source}: no row; give one pair at least')
     return pd.DataFrame(found), reader.layout
 

@@ -121,8 +121,8 @@ def data_file(folder:Path, subset:str, split:str) -> Path:
 
 # %% ../../nbs/10_data/11_pairs.ipynb #f6c13223
 def _of_two_texts(ds): # without the pairs of two equal texts
-    keep = [i for i, (c, r) in enumerate(zip(ds['chosen'][:], ds['rejected'][:])) if c != r]
-    return ds if len(keep) == len(ds) else ds.select(keep)
+    differ = [i for i, (c, r) in enumerate(zip(ds['chosen'][:], ds['rejected'][:])) if c != r]
+    return ds if len(differ) == len(ds) else ds.select(differ)
 
 # %% ../../nbs/10_data/11_pairs.ipynb #8262e9d3
 def read_pairs(folder:Path,          # holds `<subset>/{train,test}.jsonl[.gz]`
@@ -242,13 +242,13 @@ def tokenize_pairs(pairs:Dataset,       # columns id, subset, chosen, rejected
     "Token ids for both texts of each pair. Raises `ConfigError` for a text that is too long if `too_long` says so."
     pairs = _add_ids(pairs, tokenizer, too_long == 'truncate_left' and max_tokens)
     columns = (pairs[k][:] for k in ('id', 'subset', 'chosen_ids', 'rejected_ids'))
-    keep = []
+    fitting = []
     for i, (id, subset, chosen, rejected) in enumerate(zip(*columns)):
         count = counts[f'{subset}/{split}']
         why = _why_dropped(id, chosen, rejected, max_tokens, too_long)
         if why: count[why] += 1
-        else: keep.append(i)
-    return pairs.select(keep)
+        else: fitting.append(i)
+    return pairs.select(fitting)
 
 # %% ../../nbs/10_data/11_pairs.ipynb #c32a6c62
 def counts_line(counts) -> str:

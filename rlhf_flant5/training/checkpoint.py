@@ -148,11 +148,11 @@ def checkpoint_path(folder:Path, n_batches:int) -> Path: return Path(folder)/f'b
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #fc215e60
 def write_checkpoint(path:Path,
-                     weights:dict,    # trained weights
-                     moments:dict,    # of the optimizer
-                     facts:dict,      # name -> what goes to NAME.json
-                     best:Path|None,  # folder of the best model so far
-                     n_kept:int       # the last so many checkpoints stay
+                     weights:dict,      # trained weights
+                     moments:dict,      # of the optimizer
+                     facts:dict,        # name -> what goes to NAME.json
+                     best:Path|None,    # folder of the best model so far
+                     n_checkpoints:int  # the last so many checkpoints stay
                     ):
     "Write a checkpoint, whole or not at all. Raises `CannotSave`."
     tensors = {'model.safetensors': weights, 'optimizer.safetensors': moments}
@@ -163,7 +163,7 @@ def write_checkpoint(path:Path,
             for name, fact in facts.items(): (new/f'{name}.json').write_text(json.dumps(fact), encoding='utf-8')
             if best: shutil.copytree(best, new/'best', copy_function=_link_or_copy)
             seal(new, tensors)
-        for old in sorted(path.parent.glob('batch-*'))[:-n_kept]: shutil.rmtree(old)
+        for old in sorted(path.parent.glob('batch-*'))[:-n_checkpoints]: shutil.rmtree(old)
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #51a2757c
 @contextmanager
@@ -189,11 +189,11 @@ def put_best_back(best:Path, checkpoint:Path|None):
         shutil.copytree(checkpoint/'best', best, copy_function=_link_or_copy)
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #07052723
-def save_checkpoint(path:Path, model, optimizer, facts:dict, best:Path|None, n_kept:int):
-    "`write_checkpoint` of a shared model. All processes must call it."
+def save_checkpoint(path:Path, model, optimizer, facts:dict, best:Path|None, n_checkpoints:int):
+    "`write_checkpoint` of a distributed model. All processes must call it."
     weights, moments = weights_of(model, trained=True), moments_of(model, optimizer)
     facts = facts | dict(rng=collected(rng_state()))
-    on_first(lambda: write_checkpoint(path, weights, moments, facts, best, n_kept))
+    on_first(lambda: write_checkpoint(path, weights, moments, facts, best, n_checkpoints))
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #6c806c4a
 def restore_checkpoint(path:Path, model, optimizer, name:str='') -> dict: # state, recent; name: begins the log line

@@ -53,8 +53,8 @@ class Group:
     "Runs that train side by side over the same batches."
     members: list[Member]
     data: Data
-    batches: dict      # {train, validation, test}
-    share: Callable    # micro-batch -> micro-batch that all models read
+    batches: dict             # {train, validation, test}
+    shared_pass: Callable     # micro-batch -> micro-batch that all models read
     compiled: bool
     saver: Saver
 
@@ -93,7 +93,7 @@ def _make_saver(cfg, data:Data) -> Saver:
 # %% ../../nbs/50_training/59i_group.ipynb #9fee5058
 def build_group(cfgs, runs, data:Data, accelerator) -> Group:
     "Models, batches and loops of the runs that are not done."
-    models, batches, share, compiled = prepare(cfgs, data.tokenizer, data.splits, accelerator)
+    models, batches, shared_pass, compiled = prepare(cfgs, data.tokenizer, data.splits, accelerator)
     saver, members = _make_saver(cfgs[0], data), []
     for cfg, run, model in zip(cfgs, runs, models):
         if run.done: continue
@@ -101,7 +101,7 @@ def build_group(cfgs, runs, data:Data, accelerator) -> Group:
         members.append(Member(cfg, run, model, loop))
     if len(members) > 1:
         for m in members: m.loop.name = f'{m.cfg.desc}: '
-    return Group(members, data, batches, share, compiled, saver)
+    return Group(members, data, batches, shared_pass, compiled, saver)
 
 # %% ../../nbs/50_training/59i_group.ipynb #8b405a86
 def decisions(group:Group) -> dict:

@@ -17,7 +17,7 @@ from ..metrics.accuracy import pair_scores, write_pair_table
 from ..metrics.calibration import fit_temperature
 from .build import load_data
 from .runs import Run
-from .scores import keep_texts, rewarded
+from .scores import rewarded, save_texts
 
 # %% ../../nbs/50_training/59k_linear.ipynb #31de4012
 # one model for all pairs; one for each subset, which differs from it by its name alone
@@ -59,7 +59,7 @@ def classical_scores(cfg, run:Run, name:str) -> dict: # the summary
     counts = defaultdict(Counter)
     _, splits, best = load_data(cfg, counts)
     run.record('counts', counts)
-    keep_texts(run, splits)
+    save_texts(run, splits)
     begun = time.perf_counter()
     rewards, n_parameters = _classical_rewards(splits, name)
     seconds = time.perf_counter() - begun

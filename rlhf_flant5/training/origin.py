@@ -19,7 +19,7 @@ from ..models.base import readout_name
 from .build import keeps_states, model_class
 from .runs import Run
 from .schedule import describe_rate
-from .scores import keep_texts, lacks_texts
+from .scores import lacks_texts, save_texts
 from .states import weights_digest
 from .step import is_due, n_due
 from .together import check_room
@@ -166,7 +166,7 @@ def _begin_run(cfg, run:Run, model, splits, decided:dict):
     in_checkpoint = model_cfg.train_transformer and not model_cfg.lora.r
     if not in_checkpoint: check_origin(run, weights=weights_digest(model.backbone))
     if model_cfg.start_from: check_origin(run, start_from=model.began_with)
-    if lacks_texts(run): keep_texts(run, splits)        # subtle: a run that goes on may have been cut short before
+    if lacks_texts(run): save_texts(run, splits)        # subtle: a run that goes on may have been cut short before
     if not (run.data/'decided.json').exists(): run.record('decided', decided)
 
 # %% ../../nbs/50_training/59f_origin.ipynb #ed7aa09e

@@ -119,28 +119,28 @@ def ahead(items, # an iterable of micro-batches, or of steps
             yield got[0]
 
 # %% ../../nbs/50_training/55_step.ipynb #82ace297
-def _rewards(models, m:MicroBatch, batches, accelerator, share, autocast) -> torch.Tensor: # (models, 2, pairs)
+def _rewards(models, m:MicroBatch, batches, accelerator, shared_pass, autocast) -> torch.Tensor: # (models, 2, pairs)
     "Rewards of a micro-batch by each model; in halves where it does not fit in memory."
     try:
         with autocast():
-            shared = share(m)
+            shared = shared_pass(m)
             rewards = [model(**shared.inputs).float().view(2, -1)[:, :len(m)] for model in models]
             return torch.stack(rewards)
     except RuntimeError as e:
         if not should_reduce_batch_size(e) or len(m) < 2 or isinstance(models[0], FSDPModule): raise
     clear_device_cache()
     halves = [batches.micro_batch(rows).to(accelerator.device) for rows in np.array_split(m.rows, 2)]
-    parts = [_rewards(models, half, batches, accelerator, share, autocast) for half in halves]
+    parts = [_rewards(models, half, batches, accelerator, shared_pass, autocast) for half in halves]
     return torch.cat(parts, 2)
 
 # %% ../../nbs/50_training/55_step.ipynb #d56d389d
 def evaluate_all(models:list,
                  batches:Batches,
                  accelerator,
-                 share:Callable=lambda m: m,   # micro-batch -> micro-batch that all models read
-                 check:Callable=lambda: None,  # called after each micro-batch
-                 what:str='scored',            # names the bar, or the lines where there is none
-                 autocast:Callable|None=None   # of a pass; None: the run's precision; `nullcontext`: float32
+                 shared_pass:Callable=lambda m: m,  # micro-batch -> micro-batch that all models read
+                 check:Callable=lambda: None,       # called after each micro-batch
+                 what:str='scored',                 # names the bar, or the lines where there is none
+                 autocast:Callable|None=None        # of a pass; None: the run's precision; `nullcontext`: float32
                 ) -> np.ndarray: # rewards of chosen and rejected, in the order of the pairs, (models, 2, pairs)
     "Rewards of every pair, once, by each of the models; every process gets all of them."
     for model in models: model.eval()
@@ -148,7 +148,7 @@ def evaluate_all(models:list,
     out = np.zeros((len(models), 2, len(batches)), dtype=np.float32)
     with torch.no_grad(), Progress(what, 'pair', len(batches)) as progress:
         for m in ahead(batches.once(), accelerator.device):
-            rewards = _rewards(models, m, batches, accelerator, share, autocast)
+            rewards = _rewards(models, m, batches, accelerator, shared_pass, autocast)
             out[:, :, m.rows] = rewards.cpu().numpy()
             check()
             progress(len(m)*n_processes())

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ..backbone.t5 import Backbone
 from ..core.files import ConfigError
 from ..core.machine import set_seed
-from ..core.processes import first_then_all, rank, share_model
+from ..core.processes import distribute_model, first_then_all, rank
 from ..data.batches import MicroBatch
 from ..models.base import pair_loss
 from .budget import compile_if_it_pays
@@ -59,26 +59,26 @@ def _models_over_one(cfgs, device): # (models, their shared pass)
 def _put_on_device(model, cfg, accelerator):
     # subtle: no process holds whole weights once they are shared out
     if cfg.model.lora.r: model.backbone.noted_digest = weights_digest(model.backbone)
-    if cfg.distributed.strategy == 'fsdp': share_model(model, 'fsdp', accelerator)
+    if cfg.distributed.strategy == 'fsdp': distribute_model(model, 'fsdp', accelerator)
     else: model.to(accelerator.device)
 
 # %% ../../nbs/50_training/59d_together.ipynb #2e4c7c46
-def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, share, whether they are compiled)
+def prepare(cfgs, tokenizer, splits, accelerator): # (models, batches, shared_pass, whether they are compiled)
     "Models and batches of runs that train side by side; a run alone is one of one."
     cfg, device, compiled = cfgs[0], accelerator.device, False
-    if len(cfgs) == 1: models, share = [_own_model(cfg, tokenizer)], lambda m: m
-    else: models, share = _models_over_one(cfgs, device)
+    if len(cfgs) == 1: models, shared_pass = [_own_model(cfg, tokenizer)], lambda m: m
+    else: models, shared_pass = _models_over_one(cfgs, device)
     for model in models: _put_on_device(model, cfg, accelerator)
     batches = token_batches(cfg, models[0], tokenizer, splits, accelerator)
     if keeps_states(cfg.model): batches = kept_batches(cfg, models[0], batches, accelerator)
     else: compiled = compile_if_it_pays(cfg, models[0], batches['train'], accelerator)
     set_seed(cfg.seed + rank())         # each process draws its own dropout
-    return models, batches, share, compiled
+    return models, batches, shared_pass, compiled
 
 # %% ../../nbs/50_training/59d_together.ipynb #bbbf2441
 def make_loop(cfg, run, model, batches, accelerator, saver, trackers) -> TrainingLoop:
     "The training loop of a run over these batches."
-    model = share_model(model, cfg.distributed.strategy, accelerator)
+    model = distribute_model(model, cfg.distributed.strategy, accelerator)
     optimizer = make_optimizer(cfg.training.optimizer, model)
     return TrainingLoop(
         model, optimizer, pair_loss, batches['train'], batches['validation'],
@@ -108,8 +108,8 @@ class LoopGroup:
     "Loops over the same pairs in the same order, run as one."
     def __init__(self,
                  loops:list[TrainingLoop],
-                 share:Callable=lambda m: m):  # micro-batch -> micro-batch that all models read
-        self.loops, self.share = loops, share
+                 shared_pass:Callable=lambda m: m):  # micro-batch -> micro-batch that all models read
+        self.loops, self.shared_pass = loops, shared_pass
         self.running = [l for l in loops if not l.finished]    # those that take the step
         self.accelerator = loops[0].accelerator
         self.n_total, self.n_batches = loops[0].n_total, loops[0].n_batches      # of the bar
@@ -135,10 +135,10 @@ def steps_left(self:LoopGroup):
 
 @patch
 def step(self:LoopGroup, step:Step):
-    "One batch of each loop that is not at its end, on what `share` makes of it."
+    "One batch of each loop that is not at its end, on what `shared_pass` makes of it."
     self.running = [l for l in self.loops if l.behind or not l.finished]
     with self.accelerator.autocast():
-        shared = replace(step, micro_batches=[self.share(m) for m in step.micro_batches])
+        shared = replace(step, micro_batches=[self.shared_pass(m) for m in step.micro_batches])
     done = min(l.n_batches for l in self.running)
     for l in self.running:
         if l.n_batches == done: l.step(shared)
@@ -150,7 +150,8 @@ def after_step(self:LoopGroup, check:Callable): # `check()` raises if the run is
     loops = self.behind
     due = [l for l in loops if l.validation_due]
     if due:
-        rewards = evaluate_all([l.model for l in due], due[0].val, self.accelerator, self.share, check, 'validation')
+        models = [l.model for l in due]
+        rewards = evaluate_all(models, due[0].val, self.accelerator, self.shared_pass, check, 'validation')
         for l, r in zip(due, rewards): l.validate(r)
     for l in loops: l.after_validation()
     for l in loops:
@@ -178,13 +179,13 @@ def interrupted(self:LoopGroup):
     for l in self.running: l.interrupted()
 
 # %% ../../nbs/50_training/59d_together.ipynb #0d91eb2b
-def run_loops(loops:list[TrainingLoop],    # over the same pairs in the same order
-              share:Callable=lambda m: m   # micro-batch -> micro-batch that all models read
+def run_loops(loops:list[TrainingLoop],          # over the same pairs in the same order
+              shared_pass:Callable=lambda m: m   # micro-batch -> micro-batch that all models read
              ):
     "Train to the end. On Ctrl-C or SIGTERM writes checkpoints and raises `KeyboardInterrupt`."
-    alone = len(loops) == 1 and not isinstance(share, SharedPass)
+    alone = len(loops) == 1 and not isinstance(shared_pass, SharedPass)
     if alone: loops[0].run()
-    else: run_loop(LoopGroup(loops, share))
+    else: run_loop(LoopGroup(loops, shared_pass))
 
 # %% ../../nbs/50_training/59d_together.ipynb #d299b8bd
 def _checkpoint_at(loop, checkpoints:Checkpoints, n:int) -> Path|None:

@@ -90,13 +90,13 @@ def close(self:TensorBoard):
 
 # %% ../../nbs/50_training/57_trackers.ipynb #dd947a36
 class History:
-    "One JSON line a call, appended and flushed; `keep` begins the names of what is written."
-    def __init__(self, path:Path, keep:str=''): self.path, self.keep = Path(path), keep
+    "One JSON line a call, appended and flushed; `prefix` begins the names of what is written."
+    def __init__(self, path:Path, prefix:str=''): self.path, self.prefix = Path(path), prefix
 
     def __call__(self, n:int, scalars:dict, arrays:dict={}):
-        kept = {name: v for name, v in scalars.items() if name.startswith(self.keep)}
-        if not kept: return
-        line = json.dumps(dict(batch=n) | kept)
+        wanted = {name: v for name, v in scalars.items() if name.startswith(self.prefix)}
+        if not wanted: return
+        line = json.dumps(dict(batch=n) | wanted)
         with open(self.path, 'a', encoding='utf-8') as f: f.write(line + '\n')
 
     def rewind(self, n:int):
