@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'RUN_NAME', 'check_name', 'results_root', 'run_dir', 'make_run_dir', 'parse_run', 'Run', 'hold', 'open_run',
-           'LogFile', 'protect', 'unprotect', 'find_runs']
+           'protect', 'unprotect', 'find_runs']
 
 # %% ../../nbs/50_training/53_runs.ipynb #73ac0710
 import json, logging, os, platform, re, reprlib, shlex, shutil, sys, time
@@ -245,7 +245,7 @@ def _is_kept(record) -> bool:
     "This package's lines, and the warnings of others."
     return record.name.split('.')[0] == 'rlhf_flant5' or record.levelno >= logging.WARNING
 
-class LogFile(logging.FileHandler):
+class _LogFile(logging.FileHandler):
     "A run's log: what this package says, and the warnings of others. Raises `OSError` where the disk refuses."
     def __init__(self, path:Path):
         super().__init__(path, encoding='utf-8', errors='backslashreplace')
@@ -263,7 +263,7 @@ class LogFile(logging.FileHandler):
 def __enter__(self:Run):
     ours = logging.getLogger('rlhf_flant5')
     self._start, self._level = time.monotonic(), ours.level
-    self._handler = LogFile(self.logs/'train.log')
+    self._handler = _LogFile(self.logs/'train.log')
     logging.getLogger().addHandler(self._handler)
     ours.setLevel(min(ours.level or logging.INFO, logging.INFO))
     return self
