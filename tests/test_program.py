@@ -145,9 +145,9 @@ ENDS = {
 
 def failing(error):
     "The `main` of a program whose work ends with this error."
-    @programs.program(lambda: programs.new_parser('publish'), failures=(ArithmeticError,), shared=(Elsewhere,),
+    @programs.program('publish', failures=lambda: (ArithmeticError,), shared=lambda: (Elsewhere,),
                       go_on='again', remedy='make room')
-    def main(args): raise error
+    def main(): raise error
     return main
 
 
@@ -302,7 +302,7 @@ print('ü – 例')
 from rlhf_flant5.core import program
 for name in program.PROGRAMS:
     module = importlib.import_module(f'rlhf_flant5.{name}')
-    getattr(module, f'{name}_parser')().print_help()
+    module.main.parser().print_help()
 Path(here/'codes.json').write_text(json.dumps(codes))
 '''
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from .files import ConfigError
-from .program import INTERRUPTED
+from .exits import INTERRUPTED
 
 # %% ../../nbs/00_core/07_processes.ipynb #2d8d2b12
 def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0

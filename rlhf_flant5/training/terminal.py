@@ -10,7 +10,7 @@ import json, logging, os, shlex, warnings
 from contextlib import contextmanager, nullcontext
 from tqdm.contrib.logging import logging_redirect_tqdm
 from ..core.figures import markdown_table
-from ..core.program import is_first_process
+from ..core.exits import is_first_process
 from ..metrics.accuracy import show_scores
 from .runs import results_root, run_dir
 
