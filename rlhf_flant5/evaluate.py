@@ -18,7 +18,8 @@ Share = Annotated[float, Option(metavar='SHARE')]
 @program('evaluate', 'It writes evaluation.txt, evaluation.json, evaluation.png, pairs.jsonl, wrong.md.',
          go_on='the same command begins again', remedy='name another folder with --out')
 def main(
-    model:str,                               # folder of a run or of a saved model (simulation/best_model of a run), or an id of the hub
+    # folder of a run or of a saved model (simulation/best_model of a run), or an id of the hub
+    model:str,
     # toy, a file (.jsonl, .jsonl.gz, .csv, .parquet), a folder in the layout of HH-RLHF, or an id of the hub
     pairs:str,
     *,
@@ -31,7 +32,8 @@ def main(
     prompt:Column=None,                      # the column of a file that holds the prompt (default: prompt)
     chosen:Column=None,                      # the column of a file that holds the chosen (default: chosen)
     rejected:Column=None,                    # the column of a file that holds the rejected (default: rejected)
-    # leave out bad rows of a file, at most this share of them, such as 0.01 (default: 0, the first one ends the program)
+    # leave out bad rows of a file, at most this share of them, such as 0.01
+    # (default: 0, the first one ends the program)
     tolerate:Share=0,
     out:Path|None=None,                      # folder to write to (default: <the pairs' name>-evaluation)
     force:bool=False,                        # replace the files of an earlier evaluation

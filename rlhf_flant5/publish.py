@@ -6,11 +6,12 @@
 __all__ = ['main', 'card', 'push', 'export', 'push_to_hub']
 
 # %% ../nbs/80_programs/89_publish.ipynb #86e4bde8
+from pathlib import Path
 from .core.program import commands
 
 # %% ../nbs/80_programs/89_publish.ipynb #f5dffcc4
 def card(
-    run:str,                    # a finished run: desc-…,index-…
+    run:Path,                   # a finished run: desc-…,index-…
     *,
     license:str|None=None,      # such as apache-2.0
 ):
@@ -18,7 +19,7 @@ def card(
     print(model_card(run, license=license).rstrip('\n'))
 
 def push(
-    run:str,                    # a finished run: desc-…,index-…
+    run:Path,                   # a finished run: desc-…,index-…
     repo:str,                   # your-name/a-name
     *,
     license:str|None=None,      # such as apache-2.0
@@ -31,7 +32,7 @@ def push(
 # %% ../nbs/80_programs/89_publish.ipynb #08ad1178
 def export(
     model:str,                  # the folder of a run or of its best_model, or a model id of the hub
-    out:str,                    # a new folder
+    out:Path,                   # a new folder
 ):
     "write the backbone as a plain T5 for transformers"
     export_backbone(model, out)
@@ -45,7 +46,6 @@ if __name__ == '__main__' and '__file__' in globals(): main.early()
 
 # %% ../nbs/80_programs/89_publish.ipynb #80fc9982
 import sys
-from pathlib import Path
 from huggingface_hub import CommitOperationAdd, get_token, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError

@@ -13,16 +13,17 @@ from typing import Literal
 # %% ../nbs/80_programs/88_serve.ipynb #4128febe
 @program('serve', show_defaults=True)
 def main(
-    model:str,                                          # the folder of a run or of its best_model, or a model id of the hub
+    model:str,                  # the folder of a run or of its best_model, or a model id of the hub
     *,
-    host:str='127.0.0.1', # address to listen on; another than the loopback lets others in, without a password
-    port:int=8000,                                      # 0: a free one
-    device:str|None=None,                               # cpu, cuda, cuda:1, mps; the best there is if none is named
+    host:str='127.0.0.1',       # address to listen on; another than the loopback lets others in, without a password
+    port:int=8000,              # 0: a free one
+    device:str|None=None,       # cpu, cuda, cuda:1, mps; the best there is if none is named
     precision:Literal['fp32', 'bf16']='fp32',
-    token_budget:int|None=None,                         # padded tokens at once; what suits the device if none is named
-    too_long:Literal['error', 'truncate_left']='error', # a text beyond the model's max_tokens: refuse it, or keep its end
-    access_log:bool=False,                              # write a line for each request to standard output
-    limits:Limits,                                      # one option each
+    token_budget:int|None=None, # padded tokens at once; what suits the device if none is named
+    # a text beyond the model's max_tokens: refuse it, or keep its end
+    too_long:Literal['error', 'truncate_left']='error',
+    access_log:bool=False,      # write a line for each request to standard output
+    limits:Limits,              # an option each
 ): # exit code: 0 stopped by a signal, 75 if it was still loading
     "The command `python -m rlhf_flant5.serve`."
     _check_numbers(limits, token_budget)

@@ -1,5 +1,8 @@
 "What all programs share: answers before PyTorch is imported, signals, exit codes, output in any locale."
-import importlib, json, os, re, signal, subprocess, sys, time
+import importlib, json, os, pickle, re, signal, subprocess, sys, time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
 import pytest
 from omegaconf import OmegaConf
 from rlhf_flant5.config import compose, names, schema
@@ -130,6 +133,52 @@ def test_processes_share_the_cores(command, line, results, python, monkeypatch, 
         else: monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
         assert main([*args, 'experiment=toy', 'sim_man.allow_untracked=true']) == 0
         assert re.findall(line, capsys.readouterr().out) == [n_threads]*2
+
+
+# options of a signature
+
+def options_of(*argv):
+    "What a function with every kind of parameter is called with."
+    def work(
+        first:Path,                                                          # by its place
+        rest:list[int],                                                      # one or more
+        *,
+        out:str,                                                             # must be given: 100%
+        n:Annotated[int, programs.Option('-n', metavar='N')]=1,
+        only:Annotated[Sequence[str], programs.Option(action='append')]=(),  # given again
+        kinds:Sequence[Literal['a', 'b']]=('a',),
+        share:float|None=None,
+        loud_words:bool=False,
+        argv:list[str],
+    ): called.update(locals())
+    called = {}
+    assert programs.program('score')(work)([*argv]) == 0
+    return {k: v for k, v in called.items() if k != 'called'}
+
+
+def test_options_of_a_signature():
+    defaults = dict(first=Path('a'), rest=[1], out='b', n=1, only=[], kinds=['a'], share=None, loud_words=False)
+    few = 'a', '1', '--out', 'b'
+    many = (*few, '-n', '3', '--only', 'x', '--only', 'y', '--kinds', 'b', 'a', '--share', '.5', '--loud-words')
+    given = dict(n=3, only=['x', 'y'], kinds=['b', 'a'], share=.5, loud_words=True)
+    for argv, found in (few, {}), (many, given), (few, {}):       # an appended list is not the default of the next call
+        assert options_of(*argv) == defaults | found | dict(argv=[*argv])
+
+
+@pytest.mark.parametrize('words, answer', [
+    ('a 1', 'the following arguments are required: --out'),
+    ('a x --out b', "argument rest: invalid int value: 'x'"),
+    ('a 1 --out b --kinds c', 'argument --kinds: invalid choice'),
+    ('a 1 --out b --loudwords', 'did you mean --loud-words?')])
+def test_mistakes_in_options(words, answer, capsys):
+    with pytest.raises(SystemExit) as e: options_of(*words.split())
+    err = capsys.readouterr().err
+    assert (e.value.code, err.count('\n')) == (2, 1) and answer in err
+
+
+def test_another_process_finds_a_program_by_its_name():
+    from rlhf_flant5.doctor import main
+    assert pickle.loads(pickle.dumps(main)) is main and main.__wrapped__.__name__ == 'main'
 
 
 class Elsewhere(RuntimeError): pass

@@ -43,7 +43,6 @@ if getattr(sys.modules['__main__'].__spec__, 'parent', None) == 'rlhf_flant5': s
 
 # %% ../../nbs/00_core/05_exits.ipynb #7df27431
 import errno, io
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
 # %% ../../nbs/00_core/05_exits.ipynb #410d7ba7
@@ -59,7 +58,8 @@ def one_line(text) -> str:
     "A text as one printable line; of a long one beginning and end are kept."
     text = str(text)
     if len(text) > 1000: text = f'{text[:600]} … {text[-390:]}'
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    def shown(c): return c if c.isprintable() else ascii(c)[1:-1]
+    return ''.join(map(shown, text))
 
 # %% ../../nbs/00_core/05_exits.ipynb #61132bac
 def is_first_process() -> bool: # of those that torchrun or `launch` began

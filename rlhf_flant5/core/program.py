@@ -97,7 +97,7 @@ class Option:
 
     def add(self, p:Parser, param:Parameter, t, help:str): # t: its type
         "Give the parser the option of a parameter."
-        how = dict(help=help) | _told_by(t) | self.keywords
+        how:dict = dict(help=help) | _told_by(t) | self.keywords
         if how.get('action') == 'append': del how['nargs']      # one word each time
         given = param.default is not param.empty
         # argparse appends to a list alone
@@ -121,7 +121,7 @@ def _add_option(p:Parser, param:Parameter, note:str):
     else: option.add(p, param, t, note.replace('%', '%%'))
 
 def add_options(p:Parser, work:Callable):
-    "An option for each parameter of a program's work, with its docment as help; for `argv`, the words themselves, none."
+    "An option for each parameter of a program's work, with its docment as help. `argv`, the words themselves, has none."
     from fastcore.docments import docments     # late: it takes longer than all else that a mistake needs
     notes = docments(work)
     for param in signature(work).parameters.values():
@@ -143,14 +143,13 @@ class Program:
     "Called with a command line, it does its work and returns the exit code, one of `CODES`."
     def __init__(self,
         parser:Callable[[], Parser],           # made anew for each command line
-        name:str='main',                       # in its module
         *,
         failures:Callable[[], tuple]=tuple,    # kinds of error; a function, for their modules may be imported later
         shared:Callable[[], tuple]=tuple,      # the same, of those that all processes of a group have at once
         go_on:str='',                          # how an interrupted program goes on
         remedy:str='',                         # after a failure of the system
     ):
-        self.parser, self.__name__ = parser, name
+        self.parser, self.__name__ = parser, 'main'
         self.failures, self.shared = failures, shared
         self.go_on, self.remedy = go_on, remedy
 
@@ -177,7 +176,7 @@ class Program:
         except Exception as e: code = end(e)
         if code is not None: sys.exit(code)
 
-    # another process finds it by its name, like a function
+    # pickled like a function: another process finds it by its name
     def __reduce__(self): return self.__name__
 
 # %% ../../nbs/00_core/06_program.ipynb #6ec4074c
@@ -190,7 +189,9 @@ def program(name:str, closing='', show_defaults:bool=False, # see `new_parser`
             p = new_parser(name, closing, show_defaults)
             add_options(p, work)
             return p
-        return update_wrapper(Program(parser, **ends), work)
+        main = Program(parser, **ends)
+        update_wrapper(main, work)
+        return main
     return decorate
 
 # %% ../../nbs/00_core/06_program.ipynb #65422c3d
