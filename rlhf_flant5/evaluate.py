@@ -102,6 +102,7 @@ def _read_pairs(name, split, subsets, **how) -> Found: # and says what they are
     sys.stdout.flush()
     return Found(name, split, subsets, pairs, format, counts, len(bad_rows))
 
+# %% ../nbs/80_programs/87_evaluate.ipynb #079670f6
 def _facts(config, found): # what the report says of model and pairs
     return dict(
         readout=config['readout'], trained_on=config.get('trained_on'),
