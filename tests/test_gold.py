@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given, strategies as st
 from conftest import examples
 from rlhf_flant5.data import toy
-from rlhf_flant5.data.gold import (
-    COST, gold, HARMFUL, HARMLESS, LONGEST, MANNER_WORTH, MANNERS, n_pieces, REQUESTS, say, SENTENCES, sentences_of,
-    SMALL_TALK, TOPICS)
+from rlhf_flant5.data.gold import COST, HARMFUL, HARMLESS, LONGEST, MANNER_WORTH, MANNERS, REQUESTS, SENTENCES
+from rlhf_flant5.data.gold import gold, n_pieces, say, sentences_of, SMALL_TALK, TOPICS
+
 
 @cache
 def tokenizer(): return toy.toy_tokenizer()

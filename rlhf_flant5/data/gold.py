@@ -131,8 +131,8 @@ _NOT_KNOWN = _meanings(dict.fromkeys(SENTENCES, FACT_QUALITY['unsure']), SENTENC
 def _claims_about(prompt): # sentence -> Meaning
     said = [words for who, words in turns(prompt) if who == 'Human'] or [prompt]
     end = sentences_of(said[-1])
-    two, one = ' '.join(end[-2:]), ' '.join(end[-1:])
-    return _CLAIMS.get(two) or _CLAIMS.get(one) or _NOT_KNOWN
+    of_two, of_one = (_CLAIMS.get(' '.join(end[-k:])) for k in (2, 1))
+    return of_two or of_one or _NOT_KNOWN
 
 # %% ../../nbs/10_data/14a_gold.ipynb #710aeb2a
 COST = dict(no_claim=1., again=.25, contradiction=1., unknown=.5, too_long=.125)

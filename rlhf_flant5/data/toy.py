@@ -15,9 +15,9 @@ from datasets import Dataset
 from tokenizers import decoders, models, pre_tokenizers, processors, Regex, Tokenizer, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from .gold import (
-    FACT_QUALITY, gold, HARMFUL, HARMFUL_QUALITY, HARMLESS, HARMLESS_QUALITY, LONGEST, MANNER_WORTH, MANNERS,
-    n_pieces, PIECE, REQUESTS, say, SENTENCES, SMALL_TALK, TOPICS)
+from .gold import FACT_QUALITY, HARMFUL, HARMFUL_QUALITY, HARMLESS, HARMLESS_QUALITY, MANNER_WORTH
+from .gold import MANNERS, REQUESTS, SENTENCES, SMALL_TALK, TOPICS
+from .gold import gold, LONGEST, n_pieces, PIECE, say
 
 # %% ../../nbs/10_data/15_toy.ipynb #c5280781
 _HELLOS = ['Hello!', 'Hi there.', 'Good morning.', 'Good evening!', 'Quick question.', 'Excuse me.', 'Me again.', 'Hey.']
@@ -107,6 +107,7 @@ def _answers(rng, q): # (kind, manner) of two
         manners = rng.choices([*MANNER_WORTH], k=2)
     return [*zip(kinds, manners)]
 
+# %% ../../nbs/10_data/15_toy.ipynb #45943819
 def draw_pair(rng, split:str) -> tuple[str, list[str], list[float]]: # subset, two texts, their gold rewards
     while True:
         q, first, rest = _draw_beginning(rng)
