@@ -37,7 +37,7 @@ def flan_t5_config(size:str,    # small, base, large, xl or xxl
     d_model, d_ff, n_blocks, n_heads = FLAN_T5_SIZES[size]
     published:dict[str, Any] = dict(
         vocab_size=32128, d_model=d_model, d_kv=64, d_ff=d_ff, num_layers=n_blocks, num_heads=n_heads,
-        feed_forward_proj='gated-gelu', decoder_start_token_id=0, dropout_rate=0.1)
+        feed_forward_proj='gated-gelu', decoder_start_token_id=0, dropout_rate=0.1, tie_word_embeddings=False)
     return T5Config(**(published | changes))
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #76da5a16
@@ -45,8 +45,11 @@ def build_flan_t5(size:str='small',  # small, base, large, xl or xxl
                   **changes          # of the `T5Config`
                  ) -> T5ForConditionalGeneration:
     "FLAN-T5 with random weights; under `torch.device('meta')` with none at all."
-    model = T5ForConditionalGeneration(flan_t5_config(size, **changes))
-    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    config = flan_t5_config(size, **changes)
+    model = T5ForConditionalGeneration(config)
+    if config.scale_decoder_outputs: return model          # tied, as in T5 1.0
+    drawn = torch.randn_like(model.lm_head.weight)
+    model.lm_head.weight = nn.Parameter(drawn * config.d_model**-0.5)
     return model
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #1f5293fa

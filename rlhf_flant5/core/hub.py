@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'WEIGHT_FILES', 'local_folder', 'resolve_folder', 'read_tokenizer', 't5_config', 'weight_files',
-           'load_weights']
+           'weight_names', 'load_weights']
 
 # %% ../../nbs/00_core/04_hub.ipynb #584f4ed1
 import json, os, re, reprlib, tempfile
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import contextmanager, ExitStack
 from pathlib import Path
 from typing import Any
 import torch
@@ -169,13 +169,24 @@ def _names_of_weights(model):
     for name, p in model.state_dict(keep_vars=True).items(): names[p].append(name)
     return names
 
-def _stored_weights(files, stack):
+@contextmanager
+def _stored_weights(files, where):
     "Name -> what a file has under it, not read yet."
     stored = {}
-    for path in files:
-        f = stack.enter_context(safe_open(path, 'pt'))
-        stored |= {k.removeprefix('transformer.'): f.get_slice(k) for k in f.keys()}
-    return stored
+    try:
+        with ExitStack() as stack:
+            for path in files:
+                f = stack.enter_context(safe_open(path, 'pt'))
+                stored |= {k.removeprefix('transformer.'): f.get_slice(k) for k in f.keys()}
+            yield stored
+    except (SafetensorError, OSError) as e:
+        raise ConfigError(f'{where}: its weights do not load ({first_line(e)}); the file is damaged') from None
+
+def weight_names(files:list[Path], # safetensors
+                 where:str         # begins a message
+                ) -> set[str]:
+    "What is stored. Raises `ConfigError` for a damaged file."
+    with _stored_weights(files, where) as stored: return {*stored}
 
 # %% ../../nbs/00_core/04_hub.ipynb #6608373d
 def _find_weights(names, stored, where):
@@ -211,15 +222,11 @@ def load_weights(model:nn.Module,     # on the meta device
                 ) -> nn.Module: # float32, on the CPU
     "Give a model its weights, each checked: name, shape, type, values. Raises `ConfigError`."
     names, new = _names_of_weights(model), {}
-    try:
-        with ExitStack() as stack:
-            stored = _stored_weights(files, stack)
-            found = _find_weights(names, stored, where)
-            if whole: _refuse_more(names, stored, where)
-            for p, weight in found.items():
-                value = _read_weight(weight, names[p][0], where)
-                new |= dict.fromkeys(names[p], nn.Parameter(value, p.requires_grad))
-    except (SafetensorError, OSError) as e:
-        raise ConfigError(f'{where}: its weights do not load ({first_line(e)}); the file is damaged') from None
+    with _stored_weights(files, where) as stored:
+        found = _find_weights(names, stored, where)
+        if whole: _refuse_more(names, stored, where)
+        for p, weight in found.items():
+            value = _read_weight(weight, names[p][0], where)
+            new |= dict.fromkeys(names[p], nn.Parameter(value, p.requires_grad))
     model.load_state_dict(new, assign=True)
     return model

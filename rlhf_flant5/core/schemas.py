@@ -129,6 +129,8 @@ class T5Sizes(Foreign):
     layer_norm_epsilon:float|None = Field(None, gt=0, lt=1, description='between 0 and 1')
     feed_forward_proj:str|None = Field(None, pattern='^(gated-)?(relu|gelu|gelu_new|silu)$',
         description='relu, gelu, gelu_new or silu, with gated- before it or not')
+    tie_word_embeddings:bool|None = None      # false in T5 1.1 and FLAN-T5: an output layer of its own, states unscaled
+    scale_decoder_outputs:bool|None = None    # how transformers 5 notes the second half of that
 
 # %% ../../nbs/00_core/03c_schemas.ipynb #0f512b0a
 TokenizerClass = Literal['T5Tokenizer', 'T5TokenizerFast', 'TokenizersBackend', 'PreTrainedTokenizerFast']

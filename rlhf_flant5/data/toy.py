@@ -161,7 +161,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 # %% ../../nbs/10_data/15_toy.ipynb #34d4907e
 TOY_T5:dict[str, Any] = dict(
     vocab_size=512, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=2,
-    feed_forward_proj='gated-gelu', dropout_rate=.1, decoder_start_token_id=0)
+    feed_forward_proj='gated-gelu', dropout_rate=.1, decoder_start_token_id=0, tie_word_embeddings=False)
 
 def toy_transformer(seed:int=0,
                     cls=T5ForConditionalGeneration, # or T5Model, T5EncoderModel
@@ -172,8 +172,9 @@ def toy_transformer(seed:int=0,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config)
-        if cls is T5ForConditionalGeneration:
-            model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+        if cls is T5ForConditionalGeneration and not config.scale_decoder_outputs:
+            drawn = torch.randn_like(model.lm_head.weight)
+            model.lm_head.weight = nn.Parameter(drawn * config.d_model**-0.5)
     with torch.no_grad():
         model.shared.weight.mul_(.01)
         for name, p in model.named_parameters():

@@ -59,6 +59,7 @@ def weights_digest(backbone:Backbone) -> str:
     if noted := getattr(backbone, 'noted_digest', None): return noted
     t = backbone.transformer
     config = {k: v for k, v in t.config.to_dict().items() if k not in _idle_settings}
+    config['scale_decoder_outputs'] = True      # of logits alone: every T5 counts as the first one
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, p in [*t.named_parameters(), *t.named_buffers()]:   # a tied weight comes once
         h.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())

@@ -73,10 +73,13 @@ def export_backbone(name:str,  # a saved reward model
     out = Path(out)
     if os.path.lexists(out): raise ConfigError(f'{out}: exists; name a new folder')
     model = RewardModel.from_pretrained(name, 'cpu')
-    _merge(model.backbone.transformer)
+    transformer = model.backbone.transformer
+    _merge(transformer)
+    # T5 has one flag for both; transformers 5 would write `true` for every T5
+    transformer.config.tie_word_embeddings = transformer.config.scale_decoder_outputs
     model.tokenizer.chat_template = CHAT_TEMPLATE
     with new_folder(out) as new:
-        model.backbone.transformer.save_pretrained(new)
+        transformer.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
 
 # %% ../../nbs/60_use/68_elsewhere.ipynb #c9067b44
