@@ -72,7 +72,8 @@ from .costs.parts import against_trl, bare_step, compare_attention, compare_ways
 from .costs.parts import growth, ladder, log, memory, profile_step, together
 from .costs.ways import accelerator, machine
 from .data.lengths import random_pairs
-from .data.pairs import load_tokenizer, pairs_folder, read_pairs, tokenize_pairs
+from .data.pairs import pairs_folder, read_pairs
+from .data.tokens import load_tokenizer, tokenize_pairs
 from .training.budget import matmul_rate
 
 # %% ../nbs/80_programs/85_benchmark.ipynb #497f3374

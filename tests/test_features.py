@@ -12,7 +12,7 @@ from rlhf_flant5.training import segments, states
 from rlhf_flant5.backbone.t5 import Backbone
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.data.batches import PairBatches, pad_ids
-from rlhf_flant5.data.pairs import encode, tokenize_pairs
+from rlhf_flant5.data.tokens import encode, tokenize_pairs
 from rlhf_flant5.training.states import keep_states
 from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer, toy_transformer
 

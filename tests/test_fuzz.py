@@ -16,7 +16,8 @@ from rlhf_flant5.core import files, hub
 from rlhf_flant5.core.files import MAX_LINE, ConfigError
 from rlhf_flant5.core.hub import resolve_folder
 from rlhf_flant5.core.machine import best_device
-from rlhf_flant5.data.pairs import encode, load_tokenizer, prepare_splits, read_pairs, read_rows, tokenize_pairs
+from rlhf_flant5.data.pairs import read_pairs, read_rows
+from rlhf_flant5.data.tokens import encode, load_tokenizer, prepare_splits, tokenize_pairs
 from rlhf_flant5.data.toy import toy_tokenizer
 from rlhf_flant5.train import main
 from rlhf_flant5.training.build import load_data

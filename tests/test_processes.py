@@ -9,7 +9,8 @@ from rlhf_flant5 import RewardModel, train
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.core.processes import launch, rank
 from rlhf_flant5.data.batches import pad_ids
-from rlhf_flant5.data.pairs import encode, read_rows
+from rlhf_flant5.data.pairs import read_rows
+from rlhf_flant5.data.tokens import encode
 from rlhf_flant5.train import main
 from rlhf_flant5.training import loop, origin, states
 from rlhf_flant5.training.runs import find_runs

@@ -12,7 +12,7 @@ from rlhf_flant5.config.names import choices
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.core.machine import best_device, set_seed
 from rlhf_flant5.data.dialogue import dialogue
-from rlhf_flant5.data.pairs import load_tokenizer
+from rlhf_flant5.data.tokens import load_tokenizer
 from rlhf_flant5.data.toy import toy_pairs, toy_tokenizer, toy_transformer
 from rlhf_flant5.models.base import readout_class
 from rlhf_flant5.score import main

@@ -12,7 +12,8 @@ from rlhf_flant5.comparison.runs import load_runs
 from rlhf_flant5.config.compose import load_config
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.data.batches import PairBatches
-from rlhf_flant5.data.pairs import encode, load_tokenizer, read_pairs
+from rlhf_flant5.data.pairs import read_pairs
+from rlhf_flant5.data.tokens import encode, load_tokenizer
 from rlhf_flant5.data.toy import toy_tokenizer, toy_transformer
 from rlhf_flant5.models.attention_pooled_encoder import RewardFromAttentionPooledEncoder
 from rlhf_flant5.models.base import RewardModel
@@ -381,7 +382,7 @@ import json, resource, sys
 from pathlib import Path
 from rlhf_flant5.backbone.t5 import load_flan_t5
 from rlhf_flant5.core.files import ConfigError
-from rlhf_flant5.data.pairs import load_tokenizer
+from rlhf_flant5.data.tokens import load_tokenizer
 from rlhf_flant5.models.base import RewardModel
 
 model, saved = map(Path, sys.argv[1:])
@@ -817,7 +818,7 @@ LOCAL_WORK = '''
 import os
 from rlhf_flant5.compare import main as compare      # first: it tells the libraries below to keep quiet
 from rlhf_flant5.data.batches import pad_ids
-from rlhf_flant5.data.pairs import encode
+from rlhf_flant5.data.tokens import encode
 from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.train import main, train
 import datasets.config, huggingface_hub.constants

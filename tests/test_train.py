@@ -4,7 +4,7 @@ import pytest
 from conftest import program, root, short
 from rlhf_flant5 import train
 from rlhf_flant5.config.names import choices
-from rlhf_flant5.data.pairs import encode, load_tokenizer
+from rlhf_flant5.data.tokens import encode, load_tokenizer
 
 
 def run_folder(results, name): return results/'Reward-Model-Training'/name
@@ -170,7 +170,7 @@ def test_interruption_leaves_a_checkpoint(results):
 SCORE_THE_FIRST = '''
 import gzip, json, sys, torch
 from rlhf_flant5.models.base import RewardModel
-from rlhf_flant5.data.pairs import encode
+from rlhf_flant5.data.tokens import encode
 from rlhf_flant5.data.batches import pad_ids
 run, pairs = sys.argv[1:]
 torch.set_grad_enabled(False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAN_T5_SIZES', 'flan_t5_config', 'build_flan_t5', 'load_flan_t5', 'unit_rms', 'States', 'project', 'position_bias',
-           'EncoderBlock', 'DecoderBlock', 'Backbone', 'freeze_idle']
+           'EncoderBlock', 'DecoderBlock', 'Backbone', 'check_batch', 'freeze_idle']
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #11e54eda
 from collections.abc import Callable
@@ -100,11 +100,11 @@ def project(layer, x): # (T, D) -> queries, keys and values, (T, H, d) each
     return [f(normed).unflatten(1, by_head) for f in (a.q, a.k, a.v)]
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #10e41488
-def position_bias(attention, length) -> torch.Tensor: # (H, L, L)
-    "T5's bias of each distance (Raffel et al. 2020), looked up once a distance."
+def position_bias(attention, length, bidirectional=True) -> torch.Tensor: # (H, L, L)
+    "T5's bias of each distance (Raffel et al. 2020), looked up once a distance; the decoder's is not bidirectional."
     table, n_buckets = attention.relative_attention_bias, attention.relative_attention_num_buckets
     distance = torch.arange(1 - length, length, device=table.weight.device)
-    bucket = attention._relative_position_bucket(distance, bidirectional=True, num_buckets=n_buckets,
+    bucket = attention._relative_position_bucket(distance, bidirectional, num_buckets=n_buckets,
                                                  max_distance=attention.relative_attention_max_distance)
     by_distance = table(bucket).T                         # (H, 2L - 1)
     return by_distance.unfold(1, length, 1).flip(1)       # row i begins at distance -i
@@ -163,16 +163,17 @@ class Backbone(nn.Module):
                  train_transformer:bool=True,        # or frozen
                  gradient_checkpointing:bool=False,  # recompute activations backwards: less memory, more time
                  lora:dict|None=None,                # adapters: r (0: none), alpha, target_modules
-                 attention:str='auto'):              # by_text, padded or fused
+                 attention:str='auto',               # by_text, padded or fused
+                 reads_answers:bool=False):          # the decoder reads answers, not its start token alone
         super().__init__()
         self.transformer = _own_blocks(fuse(transformer))
         self.trained, self.lora = train_transformer, dict(lora or dict(r=0))
         self.gradient_checkpointing, self.attention = gradient_checkpointing, attention
         self.project:Callable = project      # compiled on request
-        self.has_decoder = isinstance(transformer, T5Model)
+        self.has_decoder, self.reads_answers = isinstance(transformer, T5Model), reads_answers
         if not train_transformer: transformer.requires_grad_(False)
         elif self.lora['r']: _add_lora(transformer, **self.lora)
-        if isinstance(transformer, T5Model): freeze_idle(transformer)
+        if isinstance(transformer, T5Model) and not reads_answers: freeze_idle(transformer)
         self.train()
 
     @property
@@ -222,12 +223,11 @@ def forward(self:Backbone,
             n_blocks:int=0                # keep the states of all tokens after the last so many encoder blocks
            ) -> States:
     "States after each block. Raises `ValueError` for a batch that can't be read."
-    _check_batch(input_ids, attention_mask)
+    check_batch(input_ids, attention_mask)
     texts = Texts.of(attention_mask)
-    decoder = []
     with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
         tokens, first = self._encode(texts.pack(input_ids), texts, max(n_blocks, self.has_decoder))
-        if self.has_decoder: decoder = self._decode(texts.spread(tokens[-1]), attention_mask)
+        decoder = self._decode(texts.spread(tokens[-1]), attention_mask) if self.has_decoder else []
     return States(tokens[-n_blocks:] if n_blocks else [], first, decoder, texts)
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #e8a2fd68
@@ -249,7 +249,7 @@ def fsdp_units(self:Backbone) -> tuple[list, list]: # blocks, position biases
     return blocks, bias
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #c8b70ccc
-def _check_batch(input_ids, attention_mask):
+def check_batch(input_ids, attention_mask):
     "Raise `ValueError` for a batch that can't be read."
     shape, mask_shape = tuple(input_ids.shape), tuple(attention_mask.shape)
     if input_ids.ndim != 2 or not input_ids.numel():

@@ -215,7 +215,9 @@ def _shard(model, device_type):
     blocks, bias = model.fsdp_units()
     mesh = init_device_mesh(device_type, (n_processes(),))
     for m in (*bias, *blocks, model): fully_shard(m, mesh=mesh)
-    for m in blocks: register_fsdp_forward_method(m, 'states_after')
+    for m in blocks:
+        for name in ('states_after', 'answers_after'):
+            if hasattr(m, name): register_fsdp_forward_method(m, name)
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')       # nothing is changed in place
     return model
 

@@ -6,6 +6,7 @@
 __all__ = ['epoch_order', 'cut_by_budget', 'MicroBatch', 'pad_ids', 'deal', 'Batches', 'PairBatches', 'Step']
 
 # %% ../../nbs/10_data/14_batches.ipynb #a4cd31d4
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from heapq import heapreplace
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
+from .tokens import token_ids
 
 # %% ../../nbs/10_data/14_batches.ipynb #e82ad810
 def epoch_order(n:int, seed:int, epoch:int) -> np.ndarray:
@@ -54,12 +56,17 @@ class MicroBatch:
         return replace(self, inputs=inputs)
 
 # %% ../../nbs/10_data/14_batches.ipynb #62e28716
-def pad_ids(ids:list[list[int]], pad_id:int) -> dict[str, torch.Tensor]: # input_ids and attention_mask, (N, L)
+def pad_ids(ids:Sequence[list[int]],   # of each text
+            pad_id:int,
+            prompts:bool=False         # with the lengths of the texts' prompts
+           ) -> dict[str, torch.Tensor]: # input_ids and attention_mask, (N, L); prompt_lengths, (N,)
     "Token ids as one rectangle, padded on the right, with the mask of what is real."
     tokens = [torch.as_tensor(x) for x in ids]
     real = [torch.ones_like(t) for t in tokens]
     def pad(rows, value): return pad_sequence(rows, batch_first=True, padding_value=value)
-    return dict(input_ids=pad(tokens, pad_id), attention_mask=pad(real, 0))
+    batch = dict(input_ids=pad(tokens, pad_id), attention_mask=pad(real, 0))
+    if prompts: batch['prompt_lengths'] = torch.tensor([x.n_prompt for x in ids])
+    return batch
 
 # %% ../../nbs/10_data/14_batches.ipynb #a76a9da7
 def deal(sizes:np.ndarray, # of each item, for instance its tokens
@@ -124,16 +131,18 @@ class PairBatches(Batches):
                  pad_id:int,
                  batch_size:int,         # pairs in a step, over all processes
                  token_budget:int,       # padded tokens in a micro-batch
-                 seed:int=0):            # of the epochs' permutations
-        self.chosen, self.rejected = pairs['chosen_ids'][:], pairs['rejected_ids'][:]
-        self.pad_id = pad_id
+                 seed:int=0,             # of the epochs' permutations
+                 prompts:bool=False):    # the model reads prompts and answers apart
+        self.chosen, self.rejected = (token_ids(pairs, side) if prompts else pairs[f'{side}_ids'][:]
+                                      for side in ('chosen', 'rejected'))
+        self.pad_id, self.prompts = pad_id, prompts
         lengths = np.array([(len(c), len(r)) for c, r in zip(self.chosen, self.rejected)])
         super().__init__(pairs['id'][:], pairs['subset'][:], lengths.max(1), lengths.sum(1),
                          batch_size, token_budget, seed)
 
     def micro_batch(self, rows) -> MicroBatch:
         ids = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        inputs = pad_ids(ids, self.pad_id)
+        inputs = pad_ids(ids, self.pad_id, self.prompts)
         n_tokens = sum(map(len, ids))
         return MicroBatch(inputs, rows, n_tokens, inputs['input_ids'].numel())
 

@@ -17,7 +17,8 @@ from fastcore.basics import chunked
 from tqdm import tqdm
 from ..core.files import ConfigError
 from .duplicates import measure, near_equal
-from .pairs import data_file, encode, load_tokenizer, pairs_folder, try_rows, turns
+from .pairs import data_file, pairs_folder, try_rows, turns
+from .tokens import encode, load_tokenizer
 from .toy import toy_pairs, toy_tokenizer
 
 # %% ../../nbs/10_data/19a_checks.ipynb #3a136bd6

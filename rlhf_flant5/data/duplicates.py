@@ -8,7 +8,8 @@ __all__ = ['measure', 'shingles', 'near_equal']
 # %% ../../nbs/10_data/17_duplicates.ipynb #658ec101
 import math, re
 from collections import Counter, defaultdict
-from .pairs import first_human_turn, n_shared, turns
+from .pairs import first_human_turn, turns
+from .tokens import n_shared
 
 # %% ../../nbs/10_data/17_duplicates.ipynb #e6e95375
 def measure(row:dict # a pair with `chosen_ids` and `rejected_ids`

@@ -39,5 +39,6 @@ def random_pairs(n:int,
         start = words(min(prompt, lengths.min() - 1))
         chosen, rejected = (start + words(k - len(start) - 1) + [1] for k in lengths)
         rows.append(dict(id=f'random:{i}', subset='random', chosen='', rejected='',
-                         chosen_ids=chosen, rejected_ids=rejected))
+                         chosen_ids=chosen, rejected_ids=rejected,
+                         chosen_prompt=len(start), rejected_prompt=len(start)))
     return Dataset.from_list(rows)

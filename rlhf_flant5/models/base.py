@@ -16,7 +16,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import T5EncoderModel, T5Model
-from ..backbone.t5 import Backbone, States
+from ..backbone.answers import Backbone, States
 from ..config.names import choices
 from ..core.docs import show_parameters
 from ..core.files import ConfigError, new_folder, read_json
@@ -32,6 +32,7 @@ class RewardModel(nn.Module):
     reads_decoder = False  # the backbone needs its decoder
     cacheable = False      # `features` is one small tensor a text, (N, K, D): worth keeping for a frozen backbone
     n_token_blocks = 0     # `features` reads all tokens of so many last encoder blocks
+    reads_answer = False   # the prompt goes into the encoder, the answer into the decoder; else a text whole into the encoder
 
     # of some readouts
     stack:str                       # encoder or decoder, where a cacheable one reads
@@ -48,6 +49,9 @@ class RewardModel(nn.Module):
         self.backbone, self.settings = backbone, settings
         if self.reads_decoder and not backbone.has_decoder:
             raise ValueError(f'{type(self).__name__} reads the decoder; the backbone was loaded without one')
+        if self.reads_answer and backbone.trained and not backbone.reads_answers:
+            raise ValueError(f'{type(self).__name__} reads answers, and the backbone trains no decoder of several positions; '
+                             'make it with Backbone(t5, reads_answers=True)')
 
     def features(self, states:States): raise NotImplementedError  # what the readout reads
     def readout(self, features) -> torch.Tensor: raise NotImplementedError  # -> rewards (N,)
@@ -58,17 +62,22 @@ def readout_parameters(self:RewardModel):
     return (p for name, p in self.named_parameters() if not name.startswith('backbone.'))
 
 @patch
-def states(self:RewardModel, input_ids, attention_mask) -> States:
-    return self.backbone(input_ids, attention_mask, self.n_token_blocks)
+def states(self:RewardModel, input_ids, attention_mask, prompt_lengths=None) -> States:
+    "The backbone's states. Raises `ValueError` for a batch without prompt lengths if the model reads answers."
+    if self.reads_answer and prompt_lengths is None:
+        raise ValueError(f'{readout_name(type(self))} reads prompts and answers apart, the batch has no prompt_lengths; '
+                         'make it with pad_ids(ids, pad_id, prompts=True)')
+    return self.backbone.read(input_ids, attention_mask, prompt_lengths, self.n_token_blocks)
 
 @patch
 def forward(self:RewardModel,
             input_ids:torch.Tensor|None=None,       # tokens, (N, L)
             attention_mask:torch.Tensor|None=None,  # 1 for real tokens, (N, L)
+            prompt_lengths:torch.Tensor|None=None,  # tokens of each prompt, (N,), for a model that reads answers
             features:torch.Tensor|None=None,        # instead of tokens: what `features` gave for a frozen backbone
             states:States|None=None                 # instead of tokens: the backbone's, computed for several readouts
            ) -> torch.Tensor: # rewards, (N,)
-    if features is None: features = self.features(states or self.states(input_ids, attention_mask))
+    if features is None: features = self.features(states or self.states(input_ids, attention_mask, prompt_lengths))
     device = next(self.readout_parameters()).device.type
     with torch.autocast(device, enabled=False): return self.readout(features)
 
@@ -149,7 +158,8 @@ def _build(config, where): # the model, without memory for its weights
     t5 = T5Model if config['has_decoder'] else T5EncoderModel
     with torch.device('meta'):
         transformer = t5(t5_config(config['transformer'], where))
-        backbone = Backbone(transformer, config['train_transformer'], lora=config['lora'])
+        backbone = Backbone(transformer, config['train_transformer'], lora=config['lora'],
+                            reads_answers=readout.reads_answer)
         return readout(backbone, **config['settings'])
 
 def _load(folder, where): # the whole model

@@ -14,15 +14,21 @@ from torch.nn import functional as F
 from ..core.docs import show_parameters
 from ..core.figures import figure
 from ..data.batches import pad_ids
-from ..data.pairs import encode
+from ..data.tokens import encode
 from .base import pair_loss, RewardModel
 
 # %% ../../nbs/30_models/33_contract.ipynb #0dd7e133
 _CHECKS = {}
 def _check(name): return lambda f: _CHECKS.setdefault(name, f)
 
-def _rewards(model, ids, mask):
-    with torch.no_grad(): return model.eval()(input_ids=ids, attention_mask=mask)
+def _rewards(model, batch):
+    with torch.no_grad(): return model.eval()(**batch)
+
+def _alone(batch): # each text without batch mates and padding
+    lengths = batch['attention_mask'].sum(1)
+    for i, n in enumerate(lengths):
+        text = {k: v[i:i + 1] for k, v in batch.items()}
+        yield text | {k: text[k][:, :n] for k in ('input_ids', 'attention_mask')}
 
 def _within(a, b, limit):
     off = (a - b).abs().max().item()
@@ -31,46 +37,47 @@ def _within(a, b, limit):
 
 # %% ../../nbs/30_models/33_contract.ipynb #e7a29d16
 @_check('one float32 reward a text')
-def _shape(model, ids, mask, **_):
-    r = _rewards(model, ids, mask)
-    right = r.shape == ids.shape[:1] and r.dtype == torch.float32 and r.isfinite().all()
+def _shape(model, batch, **_):
+    r = _rewards(model, batch)
+    right = r.shape == batch['input_ids'].shape[:1] and r.dtype == torch.float32 and r.isfinite().all()
     if not right: raise AssertionError(f'shape {tuple(r.shape)}, {r.dtype}')
     return f'shape {tuple(r.shape)}'
 
 @_check('same in evaluation mode twice')
-def _deterministic(model, ids, mask, **_):
-    return _within(_rewards(model, ids, mask), _rewards(model, ids, mask), 0)
+def _deterministic(model, batch, **_):
+    return _within(_rewards(model, batch), _rewards(model, batch), 0)
 
 @_check('same with more padding')
-def _padding(model, ids, mask, **_):
+def _padding(model, batch, **_):
+    ids, mask = batch['input_ids'], batch['attention_mask']
     junk = torch.randint_like(ids[:, :9], 3, 50)
     filled = torch.where(mask == 1, ids, junk[:, :1])
-    longer = torch.cat([filled, junk], 1)
-    return _within(_rewards(model, ids, mask), _rewards(model, longer, F.pad(mask, (0, 9))), 1e-5)
+    longer = batch | dict(input_ids=torch.cat([filled, junk], 1), attention_mask=F.pad(mask, (0, 9)))
+    return _within(_rewards(model, batch), _rewards(model, longer), 1e-5)
 
 # %% ../../nbs/30_models/33_contract.ipynb #6653387a
 @_check('same in another order')
-def _order(model, ids, mask, **_):
-    turned = _rewards(model, ids.flip(0), mask.flip(0))
-    return _within(_rewards(model, ids, mask), turned.flip(0), 1e-5)
+def _order(model, batch, **_):
+    turned = _rewards(model, {k: v.flip(0) for k, v in batch.items()})
+    return _within(_rewards(model, batch), turned.flip(0), 1e-5)
 
 @_check('same without batch mates')
-def _mates(model, ids, mask, **_):
-    alone = [_rewards(model, i[None, :m.sum()], m[None, :m.sum()]) for i, m in zip(ids, mask)]
-    return _within(_rewards(model, ids, mask), torch.cat(alone), 1e-5)
+def _mates(model, batch, **_):
+    alone = [_rewards(model, text) for text in _alone(batch)]
+    return _within(_rewards(model, batch), torch.cat(alone), 1e-5)
 
 # %% ../../nbs/30_models/33_contract.ipynb #1ba87b7b
 @_check('close under bfloat16')
-def _bf16(model, ids, mask, **_):
-    r = _rewards(model, ids, mask)
-    with torch.autocast(ids.device.type, torch.bfloat16): low = _rewards(model, ids, mask)
+def _bf16(model, batch, **_):
+    r = _rewards(model, batch)
+    with torch.autocast(r.device.type, torch.bfloat16): low = _rewards(model, batch)
     if low.dtype != torch.float32: raise AssertionError(f'rewards are {low.dtype}')
     return f'error {(low - r).std()/r.std():.1%} of the rewards\' spread'
 
 # %% ../../nbs/30_models/33_contract.ipynb #8aececbb
 @_check('first loss is ln 2')
-def _first_loss(model, ids, mask, **_):
-    loss = pair_loss(_rewards(model, ids, mask)).mean().item()
+def _first_loss(model, batch, **_):
+    loss = pair_loss(_rewards(model, batch)).mean().item()
     if abs(loss - .6931) > .05: raise AssertionError(f'{loss:.4f}')
     return f'{loss:.3f}'
 
@@ -78,13 +85,13 @@ def _trained(model): return [p for p in model.parameters() if p.requires_grad]
 
 # %% ../../nbs/30_models/33_contract.ipynb #b463cd2a
 @_check('a step moves what is trained')
-def _moves(model, ids, mask, **_):
+def _moves(model, batch, **_):
     model = copy.deepcopy(model).double().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     opt = torch.optim.Adam(_trained(model), lr=1e-3)
     for _ in range(2 if model.backbone.lora['r'] else 1):
         opt.zero_grad()
-        pair_loss(model(ids, mask)).mean().backward()
+        pair_loss(model(**batch)).mean().backward()
         opt.step()
     for name, p in model.named_parameters():
         moved = (p - before[name]).abs().max().item()
@@ -95,12 +102,12 @@ def _moves(model, ids, mask, **_):
 
 # %% ../../nbs/30_models/33_contract.ipynb #e4724a20
 @_check('gradients of the plain formula')
-def _gradients(model, ids, mask, plain, **_):
+def _gradients(model, batch, plain, **_):
     model = copy.deepcopy(model).double().eval()
     parameters = _trained(model)
     grad = lambda rewards: torch.autograd.grad(pair_loss(rewards).mean(), parameters, materialize_grads=True)
-    ours = grad(model(ids, mask))
-    one_by_one = [plain(model, i[:m.sum()]) for i, m in zip(ids, mask)]
+    ours = grad(model(**batch))
+    one_by_one = [plain(model, text['input_ids'][0], *text.get('prompt_lengths', [])) for text in _alone(batch)]
     theirs = grad(torch.stack(one_by_one))
     off = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(ours, theirs)]
     if not max(off) <= 1e-4: raise AssertionError(f'relative difference {max(off):.2g}')
@@ -120,33 +127,35 @@ def plain_geglu(layer, x): # (d_in,) -> (d_out,)
 
 # %% ../../nbs/30_models/33_contract.ipynb #45fa2891
 @_check('saved and loaded, bit for bit')
-def _saved(model, ids, mask, tokenizer, **_):
+def _saved(model, batch, tokenizer, **_):
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)/'m'
         model.save_pretrained(folder, tokenizer)
-        loaded = RewardModel.from_pretrained(folder, ids.device)
-        return _within(_rewards(model, ids, mask), _rewards(loaded, ids, mask), 0)
+        loaded = RewardModel.from_pretrained(folder, batch['input_ids'].device)
+        return _within(_rewards(model, batch), _rewards(loaded, batch), 0)
 
 @_check('clear errors for wrong batches')
-def _errors(model, ids, mask, **_):
-    wrong = [(ids, mask[:, 1:], 'must be the same'),
-             (ids[:0], mask[:0], 'at least one of each'),
-             (ids, mask*0, 'no real token')]
-    for wrong_ids, wrong_mask, rule in wrong:
-        try: _rewards(model, wrong_ids, wrong_mask)
+def _errors(model, batch, **_):
+    mask = batch['attention_mask']
+    wrong = [(batch | dict(attention_mask=mask[:, 1:]), 'must be the same'),
+             ({k: v[:0] for k, v in batch.items()}, 'at least one of each'),
+             (batch | dict(attention_mask=mask*0), 'no real token')]
+    for wrong_batch, rule in wrong:
+        try: _rewards(model, wrong_batch)
         except ValueError as e: assert rule in str(e), e
         else: raise AssertionError(f'none raised where {rule!r} was expected')
     return 'three of three'
 
 # %% ../../nbs/30_models/33_contract.ipynb #ff79f76d
 def check_reward_model(model:RewardModel,      # just made, on the CPU
-                       plain:Callable,         # plain(model, ids) -> reward of one text without padding, ids (L,)
+                       plain:Callable,         # plain(model, ids) -> reward of one text without padding, ids (L,);
+                                               # plain(model, ids, n_prompt) for a model that reads answers
                        tokenizer,
                        texts:list[str]         # chosen texts, then the rejected ones of the same pairs
                       ):
     "Print what each check of the contract measured. Raises `AssertionError` at the first that fails."
-    batch = pad_ids(encode(tokenizer, texts), tokenizer.pad_token_id)
-    given = dict(ids=batch['input_ids'], mask=batch['attention_mask'], tokenizer=tokenizer, plain=plain)
+    batch = pad_ids(encode(tokenizer, texts), tokenizer.pad_token_id, model.reads_answer)
+    given = dict(batch=batch, tokenizer=tokenizer, plain=plain)
     for name, check in _CHECKS.items():
         try: print(f'{name:32} {check(model=model, **given)}')
         except AssertionError as e: raise AssertionError(f'{type(model).__name__}: {name}: {e}') from None
@@ -164,7 +173,7 @@ def short_run(model:RewardModel,
     for step in range(n_steps):
         rows = [(step*batch_size + i) % len(pairs) for i in range(batch_size)]
         some = pairs[rows]
-        batch = pad_ids(encode(tokenizer, some['chosen'] + some['rejected']), tokenizer.pad_token_id)
+        batch = pad_ids(encode(tokenizer, some['chosen'] + some['rejected']), tokenizer.pad_token_id, model.reads_answer)
         loss = pair_loss(model.train()(**batch)).mean()
         opt.zero_grad()
         loss.backward()

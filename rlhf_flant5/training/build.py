@@ -23,7 +23,8 @@ from ..core.files import ConfigError, first_line
 from ..core.machine import best_device, choose_precision, precision_name, set_seed
 from ..core.processes import n_processes, named_processes, on_first, rank
 from ..data.batches import PairBatches
-from ..data.pairs import load_tokenizer, pairs_folder, prepare_splits, read_pairs
+from ..data.pairs import pairs_folder, read_pairs
+from ..data.tokens import load_tokenizer, prepare_splits
 from ..data.toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
 from ..models.base import readout_name, RewardModel
 from .budget import find_token_budget
@@ -83,12 +84,13 @@ _backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pret
                   'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
 
 def build_backbone(cfg, # the `model` settings
-                   decoder:bool # with its decoder
+                   decoder:bool, # with its decoder
+                   reads_answers:bool=False # the decoder reads answers, not its start token alone
                   ) -> Backbone:
     "The transformer, frozen or to be trained. Raises `ConfigError`."
     t5 = _load_transformer(cfg.transformer_name, decoder, cfg.dropout)
     lora = cast(dict, OmegaConf.to_container(cfg.lora))
-    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention)
+    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention, reads_answers)
 
 # %% ../../nbs/50_training/59c_build.ipynb #b9d4447c
 def build_model(cfg,     # the `model` settings
@@ -100,7 +102,7 @@ def build_model(cfg,     # the `model` settings
     set_seed(seed)
     if backbone is None:
         both_stacks = cls.reads_decoder or keeps_states(cfg)      # kept states are those of both
-        backbone = build_backbone(cfg, both_stacks)
+        backbone = build_backbone(cfg, both_stacks, cls.reads_answer)
     set_seed(seed)    # a readout begins the same whatever its backbone has drawn
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg))
     own = {k: v for k, v in settings.items() if k not in _backbone_keys}
@@ -149,7 +151,8 @@ def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairB
     loop = cfg.training.loop
     order_seed = cfg.seed if cfg.data.order_seed is None else cfg.data.order_seed
     sizes = dict(train=loop.train_batch_size, validation=loop.val_batch_size, test=loop.val_batch_size)
-    batches = {k: PairBatches(ds, tokenizer.pad_token_id, sizes[k], 1, order_seed) for k, ds in splits.items()}
+    batches = {k: PairBatches(ds, tokenizer.pad_token_id, sizes[k], 1, order_seed, model.reads_answer)
+               for k, ds in splits.items()}
     budget = cfg.training.token_budget
     if budget == 'auto':
         train = batches['train']

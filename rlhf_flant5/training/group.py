@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from ..core.files import saving
 from ..core.machine import peak_memory, precision_name
 from ..core.processes import is_first, n_processes, on_first, weights_of
-from ..data.pairs import counts_line, fingerprint
+from ..data.pairs import fingerprint
+from ..data.tokens import counts_line
 from ..models.base import readout_name, RewardModel
 from .build import keeps_states, Saver
 from .loop import TrainingLoop

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from ..core.files import ConfigError, flat_settings
 from ..core.machine import precision_name
 from ..core.processes import n_processes, on_first
-from ..data.pairs import counts_line
+from ..data.tokens import counts_line
 from ..models.base import readout_name
 from .build import keeps_states, model_class
 from .runs import Run

@@ -7,6 +7,7 @@ __all__ = ['check_owned', 'run_config', 'run_folder', 'Job', 'plan', 'is_done', 
 
 # %% ../../nbs/50_training/59j_plan.ipynb #041862f2
 import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from ..config.compose import load_config, parse_override
 from ..core.files import ConfigError
-from .build import keeps_states
+from .build import keeps_states, model_class
 from .jobs import side_by_side
 from .runs import Run, run_dir
 
@@ -82,13 +83,15 @@ def _trained_jobs(base, cfg, readouts, seeds): # settings of each
         return [*base, 'model.train_transformer=True', *own]
     return [job(m, seed) for seed in seeds for m in readouts]
 
-def _frozen_jobs(base, cfg, readouts, seeds): # two at most: over a shared pass, and with kept states
+def _frozen_jobs(base, cfg, readouts, seeds): # of those that read alike one each: over a shared pass, and with kept states
     order = cfg.seed if cfg.data.order_seed is None else cfg.data.order_seed
     common = [*base, _FROZEN, f'data.order_seed={order}', f'desc={cfg.desc}-frozen']
-    kept = [m for m in readouts if keeps_states(load_config([*base, _FROZEN, f'model={m}']).model)]
-    shared = [m for m in readouts if m not in kept]
+    alike = defaultdict(list)       # (whether states are kept, whether answers are read apart) -> readouts
+    for m in readouts:
+        model = load_config([*base, _FROZEN, f'model={m}']).model
+        alike[keeps_states(model), model_class(model).reads_answer].append(m)
     listed = ','.join(map(str, seeds))
-    return [[*common, f'model=[{",".join(some)}]', f'seed=[{listed}]'] for some in (shared, kept) if some]
+    return [[*common, f'model=[{",".join(some)}]', f'seed=[{listed}]'] for _, some in sorted(alike.items())]
 
 # %% ../../nbs/50_training/59j_plan.ipynb #339b91e1
 def plan(settings:list[str],      # of all runs, `key=value`

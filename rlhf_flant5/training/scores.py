@@ -13,7 +13,8 @@ import torch
 from ..core.files import write_file
 from ..core.processes import is_first
 from ..data.baselines import BASELINES
-from ..data.pairs import conversation_keys, n_shared
+from ..data.pairs import conversation_keys
+from ..data.tokens import n_shared
 from ..metrics.accuracy import margins, pair_scores, pair_table, show_scores, write_pair_table
 from ..metrics.calibration import calibration_error, fit_temperature
 from .runs import Run

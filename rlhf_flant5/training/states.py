@@ -44,7 +44,7 @@ def first_states(backbone:Backbone,
     for cut in cut_by_budget(batches.lengths[rows], batches.token_budget, batches.batch_size):
         m = batches.micro_batch(rows[cut]).to(device)
         with torch.no_grad(), autocast() if autocast else nullcontext():
-            states = backbone(**m.inputs)
+            states = backbone.read(**m.inputs)
         stacks = [states.first_positions(stack, n) for stack, n in blocks.items() if n]
         first = torch.cat(stacks, 1).float().cpu()     # (2B, K, D)
         out[cut] = torch.stack(first.chunk(2), 1)      # (B, 2, K, D)
@@ -68,10 +68,11 @@ def weights_digest(backbone:Backbone) -> str:
 
 # %% ../../nbs/50_training/59a_states.ipynb #dcab975e
 def tokens_digest(batches:PairBatches) -> str:
-    "SHA-256 over the token ids of all pairs, in order."
+    "SHA-256 over the token ids of all pairs, in order, and over their prompts' lengths if these are read apart."
     h = hashlib.sha256()
     for pair in zip(batches.chosen, batches.rejected):
         for ids in pair: h.update(array('i', [len(ids), *ids]))
+        if batches.prompts: h.update(array('i', [ids.n_prompt for ids in pair]))
     return h.hexdigest()
 
 # %% ../../nbs/50_training/59a_states.ipynb #b1c07fd6

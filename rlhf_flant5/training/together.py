@@ -37,7 +37,7 @@ class SharedPass:
         self.backbone, self.n_blocks = backbone, max(m.n_token_blocks for m in models)
 
     def __call__(self, m:MicroBatch) -> MicroBatch:
-        return replace(m, inputs=dict(states=self.backbone(**m.inputs, n_blocks=self.n_blocks)))
+        return replace(m, inputs=dict(states=self.backbone.read(**m.inputs, n_blocks=self.n_blocks)))
 
 # %% ../../nbs/50_training/59d_together.ipynb #bb92d503
 def _own_model(cfg, tokenizer): # of a run alone
@@ -50,8 +50,11 @@ def _own_model(cfg, tokenizer): # of a run alone
 def _models_over_one(cfgs, device): # (models, their shared pass)
     if any(c.model.start_from for c in cfgs):
         raise ConfigError('model.start_from begins one run; train several one after the other with -m')
-    reads_decoder = [model_class(c.model).reads_decoder for c in cfgs]
-    backbone = first_then_all(lambda: build_backbone(cfgs[0].model, any(reads_decoder))).to(device)
+    reads_decoder, reads_answer = ([getattr(model_class(c.model), of) for c in cfgs] for of in ('reads_decoder', 'reads_answer'))
+    if len({*reads_answer}) > 1:
+        raise ConfigError('model=[…]: some of these readouts take a text whole, some cut it into prompt and answer, '
+                          'and one pass can\'t serve both; train them one after the other with -m')
+    backbone = first_then_all(lambda: build_backbone(cfgs[0].model, any(reads_decoder), reads_answer[0])).to(device)
     encoder = without_decoder(backbone) if backbone.has_decoder else backbone
     models = [build_model(c.model, c.seed, backbone if d else encoder) for c, d in zip(cfgs, reads_decoder)]
     return models, SharedPass(backbone, models)

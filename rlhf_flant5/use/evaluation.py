@@ -17,7 +17,8 @@ from ..core.figures import figure
 from ..core.files import ConfigError, write_file, write_json
 from ..data.baselines import BASELINES
 from ..data.formats import pairs_table
-from ..data.pairs import conversation_keys, encode
+from ..data.pairs import conversation_keys
+from ..data.tokens import encode
 from ..metrics.accuracy import margins, pair_scores, pair_table, write_pair_table
 from ..metrics.calibration import length_matched, plot_groups, plot_margins, plot_reliability
 from ..metrics.calibration import plot_rewards, table_scores
@@ -82,7 +83,7 @@ def score_pairs(model:RewardModel,
     rows = _rows_to_score(pairs, chosen, rejected, most, too_long, counts)
     chosen, rejected = ([side[i] for i in rows] for side in (chosen, rejected))
     with tqdm(total=2*len(rows), disable=not progress, unit='text') as bar:
-        ends = [ids[-most:] for ids in chosen + rejected]
+        ends = [ids.end(most) for ids in chosen + rejected]
         rewards = model.rewards_of(ends, precision=precision, done=bar.update)
     n_chosen, n_rejected = [*map(len, chosen)], [*map(len, rejected)]
     n_shared = [len(os.path.commonprefix(pair)) for pair in zip(chosen, rejected)]

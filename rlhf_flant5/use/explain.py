@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from ..core.docs import show_parameters
 from ..core.figures import figure
 from ..data.dialogue import dialogue
-from ..models.anatomy import first_position_attention
+from ..models.anatomy import answer_attention, first_position_attention
 from ..models.pooling import WeightedPooling
 from .scorer import RewardModel
 
@@ -52,11 +52,27 @@ def integrated_gradients(f,                  # (M, ...) -> (M,)
     return effects, moved, gap
 
 # %% ../../nbs/60_use/62_explain.ipynb #97bdd497
-def _rewards_of_embeddings(model, x): # of texts of one length, (M, L, D) -> (M,)
-    ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-    embed = model.backbone.transformer.encoder.embed_tokens
-    hook = embed.register_forward_hook(lambda *_: x.flatten(0, 1))
-    try: return model(ones, ones)
+def _batch(model, ids, n_prompt): # texts of one length and one prompt, (M, L)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if model.reads_answer: batch['prompt_lengths'] = ids.new_full((len(ids),), n_prompt)
+    return batch
+
+def _embed_instead(model, x, n_prompt): # a hook that puts embeddings in the place of the text's, or of its answer's
+    t5 = model.backbone.transformer
+    if not model.reads_answer:
+        return t5.encoder.embed_tokens.register_forward_hook(lambda *_: x.flatten(0, 1))
+    embed, calls = t5.decoder.embed_tokens, []
+    n_before = 1 if embed is t5.encoder.embed_tokens else 0      # the encoder's call comes first
+    def hook(module, args, out):
+        calls.append(args)
+        if len(calls) <= n_before: return None
+        answers = out.unflatten(0, (len(x), -1))                 # (M, A, D), a start token before each
+        return torch.cat([answers[:, :1], x[:, n_prompt:-1]], 1).flatten(0, 1)
+    return embed.register_forward_hook(hook)
+
+def _rewards_of_embeddings(model, ids, n_prompt, x): # of texts of one length and one prompt, (M, L, D) -> (M,)
+    hook = _embed_instead(model, x, n_prompt)
+    try: return model(**_batch(model, ids.expand(len(x), -1), n_prompt))
     finally: hook.remove()
 
 def _block_states(features): # of one text, a row a block
@@ -71,6 +87,7 @@ def _rewards_of_states(model, x): # of texts of one length, (M, K, ...) -> (M,)
 @torch.no_grad()
 def _read_weights(model:RewardModel,
                   ids:torch.Tensor, # one text, (L,)
+                  n_prompt:int,     # tokens of its prompt
                   features          # what the readout reads of it
                  ) -> tuple[torch.Tensor, torch.Tensor]: # of tokens in each block that is read, (K, L); of blocks, (K,)
     """The weights that a readout reads with.
@@ -78,7 +95,8 @@ def _read_weights(model:RewardModel,
     Where it reads a first position, tokens have those of the backbone's attention."""
     pool = getattr(model, 'block_pool', None)
     if not model.n_token_blocks:
-        tokens = first_position_attention(model, ids)[-model.n_blocks:]
+        tokens = answer_attention(model, ids, n_prompt) if model.reads_answer else first_position_attention(model, ids)
+        tokens = tokens[-model.n_blocks:]
         return tokens, torch.ones(1) if pool is None else pool.weights(features)[0]
     states, mask = features
     tokens = torch.cat([p.weights(h, mask) for p, h in zip(model.token_pools, states)])
@@ -128,19 +146,12 @@ def __repr__(self:Explanation): return f'{_title(self)}\n{_as_text(self).to_stri
 def _repr_html_(self:Explanation): return f'<p>{_title(self)}</p>{_as_text(self).to_html()}'
 
 # %% ../../nbs/60_use/62_explain.ipynb #c2837da8
-def _n_shared(whole, prompt): # tokens of the prompt, without its end token, that the whole text begins with
-    for i, (a, b) in enumerate(zip(whole, prompt)):
-        if a != b or i == len(prompt) - 1: return i
-
-def _with_blank(model, text, too_long): # token ids of a dialogue and of the same with a blank response, (L,)
-    mark = '\n\nAssistant:'
-    whole, prompt = model.token_ids([text, text[:text.rindex(mark) + len(mark)]])
-    fitted = model.fit(whole, too_long)
-    n_cut = len(whole) - len(fitted)
+def _with_blank(model, text, too_long): # ids of a dialogue, of the same with a blank response, (L,); the prompt's tokens
+    fitted = model.fit(model.token_ids([text])[0], too_long)
     ids = torch.tensor(fitted, device=next(model.parameters()).device)
     blank = ids.clone()
-    blank[max(_n_shared(whole, prompt) - n_cut, 0):-1] = model.tokenizer.pad_token_id
-    return ids, blank
+    blank[fitted.n_prompt:-1] = model.tokenizer.pad_token_id
+    return ids, blank, fitted.n_prompt
 
 # %% ../../nbs/60_use/62_explain.ipynb #b713d889
 @contextmanager
@@ -168,18 +179,18 @@ def explain(self:RewardModel,
             too_long:str='error'                # or truncate_left
            ) -> Explanation:
     "What the reward of one text was read from, and what moved it. Raises `ConfigError` as `score` does."
-    ids, blank = _with_blank(self, dialogue(text, response), too_long)
+    ids, blank, n_prompt = _with_blank(self, dialogue(text, response), too_long)
     embed = self.backbone.transformer.encoder.embed_tokens
     with _open_to_gradients(self):
         with torch.no_grad():
-            features, blank_features = (self.features(self.states(t[None], torch.ones_like(t[None])))
+            features, blank_features = (self.features(self.states(**_batch(self, t[None], n_prompt)))
                                         for t in (ids, blank))
             blank_reward = self(features=blank_features).item()
         by_token, moved, token_gap = integrated_gradients(
-            partial(_rewards_of_embeddings, self), embed(ids).detach(), embed(blank).detach(), max(4096//len(ids), 1))
+            partial(_rewards_of_embeddings, self, ids, n_prompt), embed(ids).detach(), embed(blank).detach(), max(4096//len(ids), 1))
         by_block, _, block_gap = integrated_gradients(
             partial(_rewards_of_states, self), _block_states(features), _block_states(blank_features))
-        token_weights, block_weights = _read_weights(self, ids, features)
+        token_weights, block_weights = _read_weights(self, ids, n_prompt, features)
     return Explanation(
         tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
         reward=blank_reward + moved,

@@ -7,7 +7,7 @@ __all__ = ['TOKENS_AT_ONCE', 'NotFinite', 'load_model', 'RewardModel']
 
 # %% ../../nbs/60_use/61_scorer.ipynb #360d5ee6
 import itertools, reprlib, warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 import numpy as np
@@ -20,7 +20,7 @@ from ..core.docs import show_parameters
 from ..core.files import ConfigError
 from ..data.batches import cut_by_budget, pad_ids
 from ..data.dialogue import dialogue
-from ..data.pairs import encode
+from ..data.tokens import encode, TokenIds
 from ..models.base import RewardModel
 
 # %% ../../nbs/60_use/61_scorer.ipynb #19c2a28e
@@ -32,7 +32,7 @@ _TOO_LONG = 'error', 'truncate_left'
 @patch
 def token_ids(self:RewardModel,
               texts:list[str] # dialogues
-             ) -> list[list[int]]: # token ids of each text, whole
+             ) -> list[TokenIds]: # of each text, whole
     "Texts as the model reads them. Raises `ConfigError` for a model without a tokenizer."
     if getattr(self, 'tokenizer', None) is None:
         raise ConfigError('the model has no tokenizer; load it with RewardModel.from_pretrained, '
@@ -42,16 +42,16 @@ def token_ids(self:RewardModel,
 # %% ../../nbs/60_use/61_scorer.ipynb #0ec7f97c
 @patch
 def fit(self:RewardModel,
-        ids:list[int],          # of one text
+        ids:TokenIds,           # of one text
         too_long:str='error'    # more than `max_tokens`: `error`, or `truncate_left` to keep its end
-       ) -> list[int]: # what is scored
+       ) -> TokenIds: # what is scored
     "A text of a length that the model knows. Raises `ConfigError` for one that is too long."
     if too_long not in _TOO_LONG: raise ConfigError(f'too_long={too_long!r}: must be one of {", ".join(_TOO_LONG)}')
     most = self.config.get('max_tokens') or len(ids)                # a model that was saved by hand may have no bound
     if len(ids) > most and too_long == 'error':
         raise ConfigError(f'{len(ids):,} tokens, the model was trained on at most {most:,}; '
                           "shorten the text, or take too_long='truncate_left', which keeps its end")
-    return ids[-most:]
+    return ids.end(most)
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e97efa44
 TOKENS_AT_ONCE = dict(cpu=4096, cuda=65536)   # more brings no speed
@@ -60,9 +60,11 @@ class NotFinite(ConfigError): "A reward that is NaN or infinite."
 
 # %% ../../nbs/60_use/61_scorer.ipynb #d2092705
 def _different(ids): # the texts without repeats, and the place of each text among them
-    places = {}
-    where = [places.setdefault(tuple(text), len(places)) for text in ids]
-    return [*places], np.array(where, dtype=int)
+    places, texts = {}, []
+    where = [places.setdefault((*text, -text.n_prompt), len(places)) for text in ids]
+    for text, place in zip(ids, where):
+        if place == len(texts): texts.append(text)
+    return texts, np.array(where, dtype=int)
 
 @contextmanager
 def _inference(model, device, precision): # without dropout and gradients
@@ -73,17 +75,35 @@ def _inference(model, device, precision): # without dropout and gradients
         with torch.inference_mode(), autocast: yield
     finally: model.train(training)
 
-def _reward_batches(model, texts, device, budget): # (rows, their rewards), a batch at a time
+def _cut_by_length(texts, budget): # rows of each batch
     lengths = np.array([len(text) for text in texts])
-    for rows in cut_by_budget(lengths, 2*budget, len(texts)):   # which counts pairs
-        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id)
+    return cut_by_budget(lengths, 2*budget, len(texts))   # which counts pairs
+
+def _cut_by_prompt(texts, budget): # rows of each batch, answers to one prompt together; a prompt counts once
+    by_prompt = defaultdict(list)
+    for i, text in enumerate(texts): by_prompt[tuple(text[:text.n_prompt])].append(i)
+    batch, n_tokens = [], 0
+    for prompt in sorted(by_prompt, key=len, reverse=True):
+        for k, i in enumerate(by_prompt[prompt]):
+            own = len(texts[i]) - len(prompt)
+            if batch and n_tokens + own + len(prompt) > budget:
+                yield np.array(batch)
+                batch, n_tokens = [], 0
+            n_tokens += own + (len(prompt) if k == 0 or not batch else 0)
+            batch.append(i)
+    if batch: yield np.array(batch)
+
+def _reward_batches(model, texts, device, budget): # (rows, their rewards), a batch at a time
+    cuts = _cut_by_prompt(texts, budget) if model.reads_answer else _cut_by_length(texts, budget)
+    for rows in cuts:
+        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id, model.reads_answer)
         batch = {k: v.to(device) for k, v in batch.items()}
         yield rows, model(**batch).cpu().numpy()
 
 # %% ../../nbs/60_use/61_scorer.ipynb #e97efa45
 @patch
 def rewards_of(self:RewardModel,
-               ids:list[list[int]],            # token ids of each text
+               ids:list[TokenIds],             # of each text
                token_budget:int|None=None,     # padded tokens at once; None: what suits the device
                precision:str='fp32',           # or bf16
                done=lambda n: None             # is told how many texts are done
