@@ -20,19 +20,19 @@ Share = Annotated[float, Option(metavar='SHARE')]
 def main(
     # folder of a run or of a saved model (simulation/best_model of a run), or an id of the hub
     model:str,
-    # toy, a file (.jsonl, .jsonl.gz, .csv, .parquet), a folder in the layout of HH-RLHF, or an id of the hub
+    # toy, a file (.jsonl, .jsonl.gz, .csv, .parquet), a folder of such files, or an id of the hub
     pairs:str,
     *,
-    split:Literal['train', 'test']='test',   # of a folder or the toy world (default: test)
+    split:Literal['train', 'validation', 'test']='test',   # of a folder or the toy world (default: test)
     subsets:list[str]|None=None,             # take these subsets alone
     # what to do with a text beyond the model's max_tokens (default: drop its pair)
     too_long:Literal['drop', 'truncate_left', 'error']='drop',
-    id:Column=None,                          # the column of a file that holds the id (default: id)
-    subset:Column=None,                      # the column of a file that holds the subset (default: subset)
-    prompt:Column=None,                      # the column of a file that holds the prompt (default: prompt)
-    chosen:Column=None,                      # the column of a file that holds the chosen (default: chosen)
-    rejected:Column=None,                    # the column of a file that holds the rejected (default: rejected)
-    # leave out bad rows of a file, at most this share of them, such as 0.01
+    id:Column=None,                          # the column that holds the id (default: id)
+    subset:Column=None,                      # the column that holds the subset (default: subset)
+    prompt:Column=None,                      # the column that holds the prompt (default: prompt)
+    chosen:Column=None,                      # the column that holds the chosen (default: chosen)
+    rejected:Column=None,                    # the column that holds the rejected (default: rejected)
+    # leave out bad rows, at most this share of them, such as 0.01
     # (default: 0, the first one ends the program)
     tolerate:Share=0,
     out:Path|None=None,                      # folder to write to (default: <the pairs' name>-evaluation)
@@ -67,7 +67,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from .core.files import ConfigError
-from .data.formats import load_pairs
+from .data.reading import load_pairs
 from .data.layouts import READS
 from .data.pairs import fingerprint
 from .use.evaluation import check_out, evaluate, FILES, show_report, write_report

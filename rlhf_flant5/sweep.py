@@ -55,11 +55,11 @@ import datasets
 from omegaconf import OmegaConf
 from .core.exits import BAD_INPUT, DONE, table_code
 from .core.files import ConfigError, read_json
-from .metrics.accuracy import show_scores
 from .training.jobs import as_they_end, combinations, Pool
 from .training.linear import CLASSICAL, classical_scores
 from .training.plan import check_owned, is_done, is_held, Job, plan, run_config, run_folder, was_taken
 from .training.runs import open_run, results_root
+from .training.terminal import final_scores_line
 
 # %% ../nbs/80_programs/83_sweep.ipynb #cea89178
 def linear_settings(settings:list[str], name:str) -> list[str]: # of the linear model of this name
@@ -86,7 +86,7 @@ def classical(settings:list[str]) -> list[Path]: # folders of those that another
             continue
         if run.done: continue           # another process was quicker
         with run: s = classical_scores(run_config(*own), run, name)
-        print(f'{name}: validation {show_scores(s["validation"])}; test {show_scores(s["test"])}', flush=True)
+        print(f'{name}: {final_scores_line(s)}', flush=True)
     return elsewhere
 
 # %% ../nbs/80_programs/83_sweep.ipynb #321557df

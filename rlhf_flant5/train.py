@@ -95,10 +95,13 @@ def _train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summar
         return [finish(m, group, s, begun) for m, s in zip(group.members, scores)]
 
 # %% ../nbs/80_programs/81_train.ipynb #ece7bec9
-def read_data(cfg) -> Data:
-    "The pairs that the configuration names. Raises `ConfigError`."
-    counts = defaultdict(Counter)
-    return Data(*load_data(cfg, counts), counts)
+def read_data(cfg,
+              pairs=None # a table, or {split: table}: a data set, a DataFrame, rows; in the place of `data.name`
+             ) -> Data:
+    "The pairs that the configuration names, or those given. Raises `ConfigError`."
+    counts, readings = defaultdict(Counter), {}
+    tokenizer, splits, best = load_data(cfg, counts, pairs, readings)
+    return Data(tokenizer, splits, best, counts, readings)
 
 def _begin_group(group:Group):
     "Check the room, write down what was decided, say what is trained, load checkpoints. Raises `ConfigError`."

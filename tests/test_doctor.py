@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import program
 from rlhf_flant5.config.compose import load_config
-from rlhf_flant5.data import checks
+from rlhf_flant5.data import sources
 from rlhf_flant5.doctor import main
 from rlhf_flant5.training.build import load_data
 
@@ -61,15 +61,15 @@ def test_bad_input(tmp_path, capsys):
     assert '\x1b' not in printed.err
 
 
-def bad_disk(*_): raise OSError(errno.EIO, os.strerror(errno.EIO), '/disk\x1b[2J')
-def ctrl_c(*_): signal.raise_signal(signal.SIGINT)
+def bad_disk(*_, **__): raise OSError(errno.EIO, os.strerror(errno.EIO), '/disk\x1b[2J')
+def ctrl_c(*_, **__): signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize('instead, code, line', [
     pytest.param(bad_disk, 1, r'failed: /disk\x1b[2J: Input/output error', id='bad disk'),
     pytest.param(ctrl_c, 75, 'interrupted (SIGINT)', id='ctrl-c')])
 def test_a_bad_disk_and_ctrl_c_are_one_line(tmp_path, capsys, monkeypatch, instead, code, line):
-    monkeypatch.setattr(checks, 'try_rows', instead)       # while a file is read
+    monkeypatch.setattr(sources, 'try_rows', instead)       # while a file is read
     assert main([*settings(write(tmp_path/'sums', well, well[:3]))]) == code
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ('', line + '\n')

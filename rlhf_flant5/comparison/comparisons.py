@@ -33,7 +33,7 @@ def compared(runs:list[Saved]) -> Comparison:
     for r in runs:
         key, other = recipe_of(r)
         recipes.setdefault((key, json.dumps(other, sort_keys=True, default=repr)), []).append(r)
-    kept = lambda r: all((r.folder/'data'/f'{s}_texts.jsonl.gz').is_file() for s in ('validation', 'test'))
+    kept = lambda r: all((r.folder/'data'/f'{s}_texts.jsonl.gz').is_file() for s in ('validation', r.last))
     with_texts = next(filter(kept, runs), runs[0])
     texts = {s: read_texts(with_texts, s) for s in ('validation', 'test')}
     rank = lambda k: (k[0][1], not k[0][2], ORDER.index(k[0][0]) if k[0][0] in ORDER else len(ORDER), k[1])
@@ -50,6 +50,9 @@ def compared(runs:list[Saved]) -> Comparison:
         settings = [c for c in _changes(recipe_of(learned[0].runs[0]), recipe_of(row.runs[0])) if '=' in c]
         row.changes = ['a linear model', *settings]
         row.brief = 'a linear model' + f', {len(settings)} settings'*bool(settings)
+    if not runs[0].tested:
+        notes.append('these runs have no test pairs: what is called test are their validation pairs, '
+                     'by which the best models were chosen, so the accuracies are too kind')
     summary, rows = runs[0].summary, models + learned + rule_rows(with_texts, texts)
     return refer_to(Comparison(rows, summary['data_name'], summary['best_reachable_accuracy'], texts, notes=notes))
 
@@ -77,8 +80,9 @@ def refer_to(c:Comparison,
 def _identity(run): # of its pairs; the same ids with other texts, or cut to other lengths, are other pairs
     known = run.origin.get('pairs', {})
     pairs = lambda s: known[s] if s in known else _digest(read_texts(run, s))
+    split = dict(validation='validation', test=run.last)
     lengths = lambda t: frozenset(zip(t.id, t.n_chosen, t.n_rejected))
-    return run.summary['data_name'], *((pairs(s), lengths(run.tables[s])) for s in ('validation', 'test'))
+    return run.summary['data_name'], *((pairs(split[s]), lengths(run.tables[s])) for s in split), run.tested
 
 # %% ../../nbs/75_comparison/77b_comparisons.ipynb #7884e41f
 def comparisons(runs:list[Saved]) -> list[Comparison]:

@@ -37,6 +37,7 @@ class Row:
 
 _NOT_A_RECIPE = (rf'desc|index|seed|data\.order_seed|{FREE_TO_CHANGE}|'
                  r'model\.(_target_|transformer_name|train_transformer)|'
+                 r'data\.(splits|columns|tests)\..*|data\.(validation|tests|bad_rows)|'        # the pairs say it
                  r'training\.loop\.intervals\.(checkpointing|train_status_update)\..*')
 _OF_FROZEN = r'model\.(use_pretrained_output|kept_dtype)'
 _NOT_OF_BASELINES = r'(model|training|distributed)\..*'
@@ -87,6 +88,7 @@ def _changes(a, b): # the same as a list of texts
 # %% ../../nbs/75_comparison/77_rows.ipynb #2b2f9631
 def read_texts(run:Saved, split:str) -> dict[str, tuple[str, str]]: # id -> chosen, rejected
     "The texts that a run was judged on. Raises `ConfigError` unless they are those of its pairs."
+    if split == 'test': split = run.last
     path = run.folder/'data'/f'{split}_texts.jsonl.gz'
     texts = {row.get('id'): (row['chosen'], row['rejected']) for _, row in read_rows(path)}
     known = run.origin.get('pairs', {}).get(split)

@@ -28,7 +28,11 @@ class Saved:
     settings: dict                    # `training.optimizer.init_lr` -> value
     tables: dict[str, pd.DataFrame]   # validation, test: a row a pair
     origin: dict = field(default_factory=dict)   # as `read_origin` gives
+    tested: bool = True               # on pairs of its own
 
+    @property
+    def last(self) -> str: # the split that it is judged by: a run without test pairs has validation pairs in their place
+        return 'test' if self.tested else 'validation'
     @property
     def ended(self): return self.origin.get('ended') or self.origin.get('started') or ''
     @property
@@ -39,10 +43,13 @@ class Saved:
 def _read_run(folder:Path) -> Saved:
     "A run's folder, read. Raises `FileNotFoundError` if it is not finished, `ConfigError` if it is damaged."
     summary = read_summary(folder/'results'/'summary.json')
-    tables = {s: read_pair_table(folder/'results'/f'{s}_pairs.jsonl') for s in ('validation', 'test')}
+    tested = summary.get('test') is not None
+    tables = {s: read_pair_table(folder/'results'/f'{s}_pairs.jsonl') for s in ('validation', 'test') if tested or s != 'test'}
+    if not tested:
+        tables['test'], summary['test'] = tables['validation'], summary['validation']
     origin = read_origin(folder)
     if summary.get('precision') in ('bf16', 'fp32'): origin.setdefault('precision', summary['precision'])
-    return Saved(folder, summary, read_settings(folder/'data'/'config.yaml'), tables, origin)
+    return Saved(folder, summary, read_settings(folder/'data'/'config.yaml'), tables, origin, tested)
 
 # %% ../../nbs/75_comparison/76_runs.ipynb #30466c77
 RUNS_FOLDER = 'Reward-Model-Training'

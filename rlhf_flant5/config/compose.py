@@ -26,10 +26,21 @@ def _quote_run(override:str) -> str:
     "A run's folder has a comma in its name, which Hydra would read as a list of values: put it in quotes."
     return re.sub(r"^([\w.]+)=([^'\"\[{]*desc-[^,=]+,index-[^,/'\"]+(/[^,]*)?)$", r"\1='\2'", override)
 
+_TEST = r'data\.tests\.[A-Za-z]\w*'           # a key that there is not before it is set
+
 def compose_settings(overrides:Sequence[str]) -> DictConfig:
     "The YAML files with `overrides` on top, not checked yet."
-    quoted = [_quote_run(o) for o in overrides]
-    with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): return compose('reward_model_config', quoted)
+    # subtle: ++, since Hydra sets no key that is not there, and the names of tests are the user's
+    quoted = [re.sub(rf'^(data\.tests|{_TEST})=', r'++\1=', _quote_run(o)) for o in overrides]
+    with initialize_config_dir(str(CONFIG_DIR), version_base='1.3'): cfg = compose('reward_model_config', quoted)
+    _leave_subsets(cfg, overrides)
+    return cfg
+
+def _leave_subsets(cfg, overrides):
+    "The default's subsets are those of HH-RLHF; of other pairs all are read, unless some are named."
+    given = {o.partition('=')[0] for o in overrides}
+    is_other = 'data.name' in given and cfg.data.name != 'Anthropic/hh-rlhf'
+    if is_other and 'data.subdirs' not in given: cfg.data.subdirs = None
 
 # %% ../../nbs/05_config/08_compose.ipynb #fa2b9765
 def _check_text(override):
@@ -82,9 +93,10 @@ def _check_names(overrides):
     for o in groups: _check_choice(o)
     chosen = {o.key_or_group: f'{o.key_or_group}={o.value()}' for o in groups}       # of two choices the last counts
     keys = _keys_with(tuple(chosen.values()))
-    for o in parsed:
-        key = o.get_key_element()
-        if key not in keys: raise unknown_setting(key, keys)
+    for o in parsed: _check_key(o.get_key_element(), keys)
+
+def _check_key(key, keys):
+    if key not in keys and not re.fullmatch(_TEST, key): raise unknown_setting(key, keys)
 
 # %% ../../nbs/05_config/08_compose.ipynb #89f62cf2
 def _check_kind(key, value):
@@ -249,6 +261,4 @@ def check_early(overrides:list[str],
     "Refuse what can be refused before the runs are known one by one. Raises `ConfigError`."
     if not any(_is_several(o, several) for o in overrides): return load_config(overrides)
     keys = {k for m in choices('model') for k in _keys_with((f'model={m}',))}
-    for o in overrides:
-        key = parse_override(o).get_key_element()
-        if key not in keys: raise unknown_setting(key, keys)
+    for o in overrides: _check_key(parse_override(o).get_key_element(), keys)

@@ -101,6 +101,13 @@ FOREIGN |= {
     'max_length max_seq_length max_seq_len max_len model_max_length': 'data.max_tokens',
     'truncation': 'data.too_long',
     'validation_split val_split test_size eval_fraction': 'data.val_fraction',
+    'validation_file eval_file eval_dataset eval_data': 'data.validation',
+    'test_file test_dataset test_data': 'data.tests',
+    'dataset_train_split train_split split': 'data.splits.train',
+    'dataset_test_split test_split': 'data.splits.test',
+    'prompt_column text_column': 'data.columns.prompt',
+    'chosen_column': 'data.columns.chosen',
+    'rejected_column': 'data.columns.rejected',
     'max_train_samples': 'data.n_train_data',
     'data_seed': 'data.seed',
     'random_seed': 'seed'}

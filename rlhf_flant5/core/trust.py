@@ -147,7 +147,8 @@ class Summary(Foreign):
     temperature:Number = Field(gt=0)
     best_reachable_accuracy:Share|None = None    # of made-up pairs alone
     validation:Scores
-    test:Scores
+    test:Scores|None = None                      # a run may have no test pairs,
+    tests:Annotated[dict[Word, Scores], Few] = {}    # and others by name
 
 # %% ../../nbs/00_core/03b_trust.ipynb #7a687a90
 def read_summary(path:Path # a run's `results/summary.json`

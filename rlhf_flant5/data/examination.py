@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from .checks import CHECKS, gather, odd_characters
 from .pairs import split_validation
+from .reading import unused_columns
 
 # %% ../../nbs/10_data/19b_examination.ipynb #da8f88d2
 @dataclass
@@ -35,24 +36,26 @@ class Report:
     table: pd.DataFrame      # a row for each subset and split
     findings: list[Finding]
     uses: dict[str, int]     # pairs that a run takes to train, validate and test
+    unused: list[str]        # columns
 
     @property
     def code(self) -> int: return int(any(f.fate == 'refused' for f in self.findings)) # exit code
 
 # %% ../../nbs/10_data/19b_examination.ipynb #4ecaa167
-def _run_sizes(f:pd.DataFrame, cfg) -> dict[str, int]: # {train, validation, test}
+def _run_sizes(f:pd.DataFrame, bad, cfg) -> dict[str, int]: # {train, validation, test, …}
     "How many pairs a run trains on, validates and tests with."
     lost = [c.found(f, cfg.data) for c in CHECKS if c.fate != 'kept']
     left = f[~np.logical_or.reduce(lost)]
     first_turns = left['first'][left.split == 'train']
     pairs = Dataset.from_dict(dict(chosen=['\n\nHuman: ' + t for t in first_turns]))
     train, val = split_validation(pairs, cfg.data.val_fraction, cfg.data.seed)
-    n_test = int((left.split == 'test').sum())
-
-    def at_most(n, most): return min(n, most or n)      # 0: all
-    return dict(train=at_most(len(train), cfg.data.n_train_data),
-                validation=at_most(len(val), cfg.training.loop.n_val_data),
-                test=at_most(n_test, cfg.data.n_test_data))
+    splits = dict.fromkeys([*f.split, *(row.split for row in bad)])
+    n = {split: int((left.split == split).sum()) for split in splits}
+    if 'validation' not in n: n |= dict(train=len(train), validation=len(val))
+    tests = [split for split in n if split not in ('train', 'validation')]
+    most = dict(train=cfg.data.n_train_data, validation=cfg.training.loop.n_val_data)
+    order = ['train', 'validation', *tests]
+    return {split: min(n[split], most.get(split, cfg.data.n_test_data) or n[split]) for split in order}   # 0: all
 
 # %% ../../nbs/10_data/19b_examination.ipynb #713cdd81
 def longer_wins(f) -> tuple[float, float, float]: # share, low, high
@@ -90,9 +93,14 @@ def _report_table(f, bad, cfg) -> pd.DataFrame:
     return table
 
 # %% ../../nbs/10_data/19b_examination.ipynb #a31e3e4f
-def _bad_rows(bad):
-    return Finding('a row is no pair', 'refused', 'a run stops at the first of them', 'mend or remove the lines',
-                   [f'{row.place}: {row.why}' for row in bad])
+def _bad_rows(bad, d): # refused, and those that data.bad_rows=drop leaves out
+    left_out = [row for row in bad if d.bad_rows == 'drop' and row.reason]
+    ending = [row for row in bad if row not in left_out]
+    def places(rows): return [f'{row.place}: {row.why}' for row in rows]
+    return [Finding('a row is no pair', 'refused', 'a run stops at the first of them',
+                    'mend or remove the lines, or set data.bad_rows=drop', places(ending)),
+            Finding('a row is no pair', 'dropped', 'data.bad_rows=drop asks for it',
+                    'mend the lines if there are many of a kind', places(left_out))]
 
 def _of_check(c, f, d):
     rows = f[c.found(f, d)]
@@ -119,16 +127,17 @@ def examine(cfg # the whole configuration of a run
            ) -> Report:
     "Check the data that a run with these settings would read. Raises `ConfigError` where there is nothing to read."
     facts, bad = gather(cfg)
-    findings = [_bad_rows(bad)]
+    findings = _bad_rows(bad, cfg.data)
     uses, table = dict(train=0, validation=0, test=0), pd.DataFrame()
     if len(facts):
         findings += [_of_check(c, facts, cfg.data) for c in CHECKS]
         findings.append(_length_tells(facts))
-        uses = _run_sizes(facts, cfg)
+        uses = _run_sizes(facts, bad, cfg)
         table = _report_table(facts, bad, cfg)
     findings += [_empty_split(k) for k, n in uses.items() if not n]
     settings = {k: cfg.data[k] for k in ('max_tokens', 'too_long', 'val_fraction', 'seed')}
-    return Report(cfg.data.name, settings, table, [x for x in findings if x.places], uses)
+    return Report(cfg.data.name, settings, table, [x for x in findings if x.places], uses,
+                  unused_columns(cfg.data))
 
 # %% ../../nbs/10_data/19b_examination.ipynb #b44df87d
 _FATES = 'refused', 'dropped', 'kept'        # the order of a report
@@ -166,6 +175,7 @@ def show(self:Report,
     "The report as text."
     lines = [_first_line(self)]
     if len(self.table): lines += ['', *self.table.to_string().splitlines()]
+    if self.unused: lines += ['', f'columns that a run does not use: {", ".join(self.unused)}']
     for x in sorted(self.findings, key=lambda x: _FATES.index(x.fate)): lines += _paragraph(x, first)
     lines += ['', _last_line(self)]
     return '\n'.join(map(_printable, lines))
@@ -174,5 +184,5 @@ def show(self:Report,
 def as_dict(self:Report) -> dict:
     "The report for JSON, with all places of all findings."
     findings = [asdict(x) | dict(n=len(x.places)) for x in self.findings]
-    return dict(name=self.name, code=self.code, data=self.data, uses=self.uses,
+    return dict(name=self.name, code=self.code, data=self.data, uses=self.uses, unused=self.unused,
                 table=self.table.to_dict('index'), findings=findings)

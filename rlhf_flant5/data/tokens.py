@@ -119,28 +119,34 @@ def counts_line(counts) -> str:
     def line(count): return ', '.join(f'{n:,} {what}' for what, n in count.items() if n)
     return '; '.join(f'{part}: {line(count)}' for part, count in counts.items())
 
-def _count_used(ds, split, counts):
-    part = 'test' if split == 'test' else 'train'             # validation pairs are of train
+def _count_used(ds, split, part, counts): # `part`: the split that its pairs were read in
     for subset, n in Counter(ds['subset'][:]).items(): counts[f'{subset}/{part}'][f'used for {split}'] += n
 
 # %% ../../nbs/10_data/11a_tokens.ipynb #94c95223
-def prepare_splits(raw:dict[str, Dataset], # `train` and `test`, as read
+def _validation(tokenized, cfg): # (train, validation): a share of the conversations, unless it was read apart
+    if 'validation' in tokenized: return tokenized['train'], tokenized['validation']
+    return split_validation(tokenized['train'], cfg.val_fraction, cfg.seed)
+
+def _refuse_empty(split, cfg, counts):
+    raise ConfigError(f'no {split} pair is left (data.max_tokens={cfg.max_tokens}, '
+                      f'data.val_fraction={cfg.val_fraction}); counted: {counts_line(counts)}')
+
+# %% ../../nbs/10_data/11a_tokens.ipynb #cfa70d14
+def prepare_splits(raw:dict[str, Dataset], # as read: `train`, maybe `validation`, and what to test on
                    tokenizer,
                    cfg,                    # the `data` settings
                    n_val_data:int,         # at most so many validation pairs
                    counts:dict             # gets a Counter for each `subset/split`
-                  ) -> dict[str, Dataset]: # `train`, `validation` and `test`, tokenized
+                  ) -> dict[str, Dataset]: # `train`, `validation` and what to test on, tokenized
     "Split, draw and tokenize. Raises `ConfigError` if a split is left without a pair."
     tokenized = {s: tokenize_pairs(ds, tokenizer, cfg.max_tokens, cfg.too_long, s, counts) for s, ds in raw.items()}
-    train, val = split_validation(tokenized['train'], cfg.val_fraction, cfg.seed)
-    splits = dict(train=draw(train, cfg.n_train_data, cfg.seed),
-                  validation=draw(val, n_val_data, cfg.seed),
-                  test=draw(tokenized['test'], cfg.n_test_data, cfg.seed))
+    train, val = _validation(tokenized, cfg)
+    splits = dict(train=draw(train, cfg.n_train_data, cfg.seed), validation=draw(val, n_val_data, cfg.seed))
+    tests = {s: ds for s, ds in tokenized.items() if s not in splits}
+    splits |= {s: draw(ds, cfg.n_test_data, cfg.seed) for s, ds in tests.items()}
     for split, ds in splits.items():
-        if not len(ds):
-            raise ConfigError(f'no {split} pair is left (data.max_tokens={cfg.max_tokens}, '
-                              f'data.val_fraction={cfg.val_fraction}); counted: {counts_line(counts)}')
-        _count_used(ds, split, counts)
+        if not len(ds): _refuse_empty(split, cfg, counts)
+        _count_used(ds, split, split if split in raw else 'train', counts)
     return splits
 
 # %% ../../nbs/10_data/11a_tokens.ipynb #781eb826

@@ -23,9 +23,9 @@ from ..core.files import ConfigError, first_line
 from ..core.machine import best_device, choose_precision, precision_name, set_seed
 from ..core.processes import n_processes, named_processes, on_first, rank
 from ..data.batches import PairBatches
-from ..data.pairs import pairs_folder, read_pairs
+from ..data.reading import read_splits
 from ..data.tokens import load_tokenizer, prepare_splits
-from ..data.toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
+from ..data.toy import best_reachable_accuracy, toy_tokenizer, toy_transformer
 from ..models.base import readout_name, RewardModel
 from .budget import find_token_budget
 from .checkpoint import save_weights
@@ -34,28 +34,20 @@ from .states import FeatureBatches, keep_states, kept_features, without_decoder
 # %% ../../nbs/50_training/59c_build.ipynb #35623dd8
 log = logging.getLogger('rlhf_flant5.training.build')
 
-# %% ../../nbs/50_training/59c_build.ipynb #5b39dbca
-def _toy_pairs(counts): # {train, test}: raw pairs
-    raw = {split: toy_pairs(split=split) for split in ('train', 'test')}
-    for split, pairs in raw.items():
-        for subset, n in Counter(pairs['subset'][:]).items(): counts[f'{subset}/{split}']['read'] += n
-    return raw
-
-def _pairs_of(cfg, counts): # of the `data` settings: {train, test}: raw pairs
-    if cfg.name == 'toy': return _toy_pairs(counts)
-    subdirs = list(cfg.subdirs)
-    folder = pairs_folder(cfg.name, subdirs)
-    return {split: read_pairs(folder, subdirs, split, counts) for split in ('train', 'test')}
-
 # %% ../../nbs/50_training/59c_build.ipynb #3cc783da
 def load_data(cfg, # the whole configuration
-              counts # gets what was read, dropped and used
-             ): # (tokenizer, {train, validation, test}: tokenized pairs, best reachable accuracy on test or None)
+              counts, # gets what was read, dropped and used
+              given=None, # a table, or {split: table}, in the place of `data.name`
+              readings:dict|None=None # gets the `Reading` of each split
+             ): # (tokenizer, {train, validation, test, …}: tokenized pairs, best reachable accuracy on test or None)
     "Read, check, split and tokenize the pairs. Raises `ConfigError`."
-    raw, transformer = _pairs_of(cfg.data, counts), cfg.model.transformer_name
+    transformer, found = cfg.model.transformer_name, read_splits(cfg.data, counts, given)
+    if readings is not None: readings.update(found)
+    raw = {split: reading.pairs for split, reading in found.items()}
     tokenizer = toy_tokenizer() if transformer == 'toy' else load_tokenizer(transformer)
     splits = prepare_splits(raw, tokenizer, cfg.data, cfg.training.loop.n_val_data, counts)
-    best = best_reachable_accuracy(splits['test']) if cfg.data.name == 'toy' else None
+    is_toy = given is None and cfg.data.name == 'toy' and 'test' not in cfg.data.tests
+    best = best_reachable_accuracy(splits['test']) if is_toy else None
     return tokenizer, splits, best
 
 # %% ../../nbs/50_training/59c_build.ipynb #545c6a51
@@ -146,11 +138,11 @@ def start_from(model:RewardModel, # gets the weights
     return dict(model=name, weights=digest.hexdigest())
 
 # %% ../../nbs/50_training/59c_build.ipynb #bbfae2b1
-def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairBatches]: # {train, validation, test}
+def token_batches(cfg, model, tokenizer, splits, accelerator) -> dict[str, PairBatches]: # {train, validation, test, …}
     "Batches of tokens."
     loop = cfg.training.loop
     order_seed = cfg.seed if cfg.data.order_seed is None else cfg.data.order_seed
-    sizes = dict(train=loop.train_batch_size, validation=loop.val_batch_size, test=loop.val_batch_size)
+    sizes = {k: loop.val_batch_size for k in splits} | dict(train=loop.train_batch_size)
     batches = {k: PairBatches(ds, tokenizer.pad_token_id, sizes[k], 1, order_seed, model.reads_answer)
                for k, ds in splits.items()}
     budget = cfg.training.token_budget

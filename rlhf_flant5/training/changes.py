@@ -26,8 +26,13 @@ def changed_settings(
     changed = []
     for key in sorted({*began, *given}):
         was, now = shown(began, key), shown(given, key)
-        if was != now and not re.fullmatch(FREE_TO_CHANGE, key): changed.append(f'{key} was {was}, now {now}')
+        if was == now or re.fullmatch(FREE_TO_CHANGE, key) or _means_the_same(key, began, given): continue
+        changed.append(f'{key} was {was}, now {now}')
     return changed
+
+def _means_the_same(key, began, given): # a run of an earlier version lacks settings; the pairs are checked themselves
+    if key not in began: return given[key] in (None, {'data.bad_rows': 'error'}.get(key))
+    return key == 'data.subdirs' and given.get(key, '') is None
 
 # %% ../../nbs/50_training/52_changes.ipynb #abc9cba6
 def _keeps_rate(settings:dict) -> bool:

@@ -7,12 +7,13 @@ __all__ = ['log', 'Data', 'Member', 'Group', 'note_sources', 'build_group', 'dec
            'summarize']
 
 # %% ../../nbs/50_training/59i_group.ipynb #240f4bc4
-import logging, time
+import json, logging, time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from omegaconf import DictConfig
-from ..core.files import saving
+from ..core.files import saving, write_file
 from ..core.machine import peak_memory, precision_name
 from ..core.processes import is_first, n_processes, on_first, weights_of
 from ..data.pairs import fingerprint
@@ -33,9 +34,10 @@ log = logging.getLogger('rlhf_flant5.training.group')
 class Data:
     "The pairs of a run, read, checked, split and tokenized."
     tokenizer: object
-    splits: dict      # {train, validation, test}: tokenized pairs
+    splits: dict      # {train, validation, test, …}: tokenized pairs
     best: float|None  # best reachable accuracy on test
     counts: dict      # what was read, dropped and used
+    readings: dict = field(default_factory=dict)   # {split: what its reader saw}
 
     def fingerprints(self) -> dict:
         return {name: fingerprint(pairs) for name, pairs in self.splits.items()}
@@ -69,15 +71,38 @@ class Group:
     def loops(self): return [m.loop for m in self.members]
 
 # %% ../../nbs/50_training/59i_group.ipynb #60eaf481
+def _reading_lines(data:Data) -> list[str]:
+    "The pairs as they were understood: the training pairs at length, of the others where they come from."
+    lines = []
+    for split, reading in data.readings.items():
+        first, *others = reading.lines()
+        if split == 'train': lines += [f'{split} pairs of {first}', *others]
+        else: lines.append(f'{split} pairs of {reading.source}: {reading.layout}')
+    return lines
+
+def _bad_rows(data:Data) -> list: # of all splits
+    return [row for reading in data.readings.values() for row in reading.bad]
+
+def _note_bad_rows(run:Run, bad):
+    "The rows that were dropped, one JSON object a line: place, subset, split, reason, why."
+    if bad: write_file(run.data/'bad_rows.jsonl', ''.join(json.dumps(row._asdict()) + '\n' for row in bad))
+
+# %% ../../nbs/50_training/59i_group.ipynb #5333a494
 def note_sources(runs, data:Data, device):
     "What a run is trained on, in its folder. Raises `ConfigError` if one goes on with other pairs."
+    bad = _bad_rows(data)
     def note(run):
         run.record('counts', data.counts)
+        _note_bad_rows(run, bad)
         check_origin(run, pairs=data.fingerprints())
         note_machine(run, device)
     for run in runs:
         log.info(f'run {run.dir}' + (' goes on' if run.resumed else ''))
         on_first(lambda: note(run))
+    for line in _reading_lines(data): log.info(line)
+    if bad:
+        reasons = ', '.join(f'{n:,} {reason}' for reason, n in Counter(row.reason for row in bad).items())
+        log.warning(f'{len(bad):,} bad rows are left out ({reasons}); data/bad_rows.jsonl lists them')
     log.info(counts_line(data.counts))
 
 # %% ../../nbs/50_training/59i_group.ipynb #84cbf783
@@ -88,7 +113,7 @@ def _make_trackers(run:Run) -> list: # in the first process
 
 def _make_saver(cfg, data:Data) -> Saver:
     "How a model is saved: with its tokenizer, and what it was trained on."
-    trained_on = dict(name=cfg.data.name, subdirs=list(cfg.data.subdirs), counts=data.counts)
+    trained_on = dict(name=cfg.data.name, subdirs=list(cfg.data.subdirs or []), counts=data.counts)
     return Saver(data.tokenizer, max_tokens=cfg.data.max_tokens, trained_on=trained_on)
 
 # %% ../../nbs/50_training/59i_group.ipynb #9fee5058

@@ -17,7 +17,7 @@ from ..metrics.accuracy import pair_scores, write_pair_table
 from ..metrics.calibration import fit_temperature
 from .build import load_data
 from .runs import Run
-from .scores import rewarded, save_texts
+from .scores import judging, put_scores, rewarded, save_texts
 
 # %% ../../nbs/50_training/59k_linear.ipynb #31de4012
 # one model for all pairs; one for each subset, which differs from it by its name alone
@@ -29,7 +29,7 @@ def _rows(subsets, subset): # of one subset; None: all
 # %% ../../nbs/50_training/59k_linear.ipynb #32febdac
 def _classical_rewards(splits, name:str): # ({validation, test}: chosen and rejected rewards, (2, n)), parameters
     "Linear models fitted to the training pairs. Raises `ConfigError` without scikit-learn."
-    rewards = {split: np.zeros((2, len(splits[split]))) for split in ('validation', 'test')}
+    rewards = {split: np.zeros((2, len(splits[split]))) for split in judging(splits)}
     subsets = {split: np.array(pairs['subset'][:]) for split, pairs in splits.items()}
     n_parameters = 0
     for subset in sorted({*subsets['train']}) if name == 'tf-idf per subset' else [None]:
@@ -68,7 +68,8 @@ def classical_scores(cfg, run:Run, name:str) -> dict: # the summary
         table = rewarded(splits[split], chosen, rejected)
         write_pair_table(table, run.results/f'{split}_pairs.jsonl')
         keys = conversation_keys(splits[split]['chosen'][:])
-        summary[split] = pair_scores(table.reward_chosen, table.reward_rejected, table.subset, clusters=keys)
+        scores = pair_scores(table.reward_chosen, table.reward_rejected, table.subset, clusters=keys)
+        put_scores(summary, split, scores)
         if split == 'validation': summary['temperature'] = fit_temperature(table.margin)
     run.result('summary', summary)
     return summary

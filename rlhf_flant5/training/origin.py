@@ -71,7 +71,7 @@ def opening_lines(cfgs, loops, splits) -> list[str]:
     cfg, first = cfgs[0], loops[0]
     models = [l.name + _described_model(c, l.model) for c, l in zip(cfgs, loops)]
     uses = dict(train='to train on', validation='for validation', test='to test on')
-    pairs = ', '.join(f'{len(splits[k]):,} {words}' for k, words in uses.items())
+    pairs = ', '.join(f'{len(ds):,} {uses.get(k, f"to test on ({k})")}' for k, ds in splits.items())
     rate = describe_rate(first.opt_cfg, first.n_total, first.train.n_steps)
     where = _described_precision(cfg, first.accelerator)
     return [*models, where, f'pairs: {pairs}', _described_steps(first), f'learning rate {rate}']
@@ -121,13 +121,17 @@ def _pairs_page(rows:list[dict], pairs) -> str: # Markdown
     return '\n'.join(page)
 
 # %% ../../nbs/50_training/59f_origin.ipynb #330df3e5
+def _final_scalars(name, scores): return as_scalars(name, scores) | {f'{name}/calibration_error': scores['calibration_error']}
+
 def write_result_page(cfg, run:Run, loop, splits, scores:dict):
     "TensorBoard's test scores, row in the table of settings, and five validation pairs with their rewards."
     board, n = loop.trackers[0], loop.state.best_batch
-    test = as_scalars('test', scores['test']) | {'test/calibration_error': scores['test']['calibration_error']}
-    in_table = {k: test.pop(k) for k in ('test/accuracy', 'test/loss')}
+    last = 'test' if 'test' in scores else 'validation'
+    found = _final_scalars(last, scores[last])
+    in_table = {k: found.pop(k) for k in (f'{last}/accuracy', f'{last}/loss')}
     board.result(_table_settings(cfg), in_table, n)
-    board(n, test)
+    board(n, found)
+    for name, s in scores.get('tests', {}).items(): board(n, _final_scalars(f'tests/{name}', s))
     with open(run.results/'validation_pairs.jsonl', encoding='utf-8') as f:
         rows = [json.loads(line) for line in itertools.islice(f, 5)]
     board.text('validation_pairs', _pairs_page(rows, splits['validation']))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..core.figures import figure
 from ..core.files import ConfigError, write_file, write_json
 from ..data.baselines import BASELINES
-from ..data.formats import pairs_table
+from ..data.reading import pairs_table
 from ..data.pairs import conversation_keys
 from ..data.tokens import encode
 from ..metrics.accuracy import margins, pair_scores, pair_table, write_pair_table

@@ -66,6 +66,12 @@ def _read_texts(file, ids): # {id: (chosen, rejected)}
     return texts
 
 # %% ../../nbs/60_use/66a_facts.ipynb #e4e5514a
+def _check_tested(path): # what is damaged is said where it is read
+    found = read_json(path)
+    if isinstance(found.get('validation'), dict) and 'test' not in found:
+        raise ConfigError(f'{path}: the run has no test pairs, and a card reports a test; '
+                          'train with data.tests.test=PAIRS')
+
 def read_facts(run:Path # its folder, or its model's: `simulation/best_model`
               ) -> RunFacts:
     "The facts of a finished run. Raises `ConfigError` for anything else."
@@ -73,6 +79,7 @@ def read_facts(run:Path # its folder, or its model's: `simulation/best_model`
     folder = run/'simulation'/'best_model'
     config = _read(folder/'config.json', QuotedModel)
     check_saved(config, str(folder))
+    _check_tested(run/'results'/'summary.json')
     summary = _read(run/'results'/'summary.json', QuotedSummary)
     origin = _read(run/'data'/'provenance.json', QuotedOrigin)
     counts = _read_counts(run/'data'/'counts.json')
