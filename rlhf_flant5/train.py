@@ -78,13 +78,13 @@ from .training.together import resume_loops, run_loops
 log = logging.getLogger('rlhf_flant5.train')
 
 # %% ../nbs/80_programs/81_train.ipynb #26088e67
-def _train_runs(cfgs, runs) -> list[dict]: # the summaries, as in results/summary.json
+def _train_runs(cfgs, runs, pairs=None) -> list[dict]: # the summaries, as in results/summary.json
     "Train those of the runs that are not done: one, or several over one frozen pass, built for all of them."
     started = time.monotonic()
     todo = [run for run in runs if not run.done]
     cfgs = [as_decided(c, todo[0]) for c in cfgs]
     accelerator = make_accelerator(cfgs[0])
-    data = first_then_all(lambda: read_data(cfgs[0]))
+    data = first_then_all(lambda: read_data(cfgs[0], pairs))
     note_sources(todo, data, accelerator.device)
     group = build_group(cfgs, runs, data, accelerator)
     _begin_group(group)
@@ -182,10 +182,10 @@ def _open_runs(cfgs, command, stack:ExitStack) -> list[Run]:
     return opened or [_known(*facts) for facts in known]
 
 # %% ../nbs/80_programs/81_train.ipynb #cbd10426
-def _train_apart(runs, alone, command): # summaries; of each run whether it keeps states
+def _train_apart(runs, alone, command, pairs): # summaries; of each run whether it keeps states
     rest = [settings for settings, by_itself in zip(runs, alone) if not by_itself]
-    together = iter(train_together(rest, command) if rest else [])
-    return [train_together([settings], command)[0] if by_itself else next(together)
+    together = iter(train_together(rest, command, pairs) if rest else [])
+    return [train_together([settings], command, pairs)[0] if by_itself else next(together)
             for settings, by_itself in zip(runs, alone)]
 
 def _quiet_libraries():
@@ -201,16 +201,17 @@ def _warn_of_states(cfg, settings):
 def _summary(run): # of a run that was done before
     return on_first(lambda: json.loads((run.results/'summary.json').read_text(encoding='utf-8')))
 
-def _train_opened(cfgs, runs, opened): # summaries
+def _train_opened(cfgs, runs, opened, pairs): # summaries
     todo = [not run.done for run in opened]
     for c, settings in itertools.compress(zip(cfgs, runs), todo): _warn_of_states(c, settings)
-    new = iter(_train_runs(cfgs, opened) if any(todo) else [])
+    new = iter(_train_runs(cfgs, opened, pairs) if any(todo) else [])
     summaries = [next(new) if trained else _summary(run) for run, trained in zip(opened, todo)]
     return [s | dict(folder=run.dir) for s, run in zip(summaries, opened)]
 
 # %% ../nbs/80_programs/81_train.ipynb #b24f0077
 def train_together(runs:list[list[str]],         # settings of each run, `key=value`; they differ in readout, seed and name
-                   command:list[str]|None=None   # recorded with the runs
+                   command:list[str]|None=None,  # recorded with the runs
+                   pairs=None                    # tables in the place of `data.name`, as `read_data` takes them
                   ) -> list[dict]: # the summaries, with the run's folder under `folder`
     "Runs over one pass of a frozen transformer. Raises `ConfigError` before any long work."
     cfgs = [load_config(settings) for settings in runs]
@@ -220,19 +221,20 @@ def train_together(runs:list[list[str]],         # settings of each run, `key=va
             raise ConfigError('several readouts or seeds together share the pass of a frozen transformer; '
                               'set model.train_transformer=False, or train one after the other with -m model=a,b')
         alone = [keeps_states(c.model) for c in cfgs]
-        if any(alone): return _train_apart(runs, alone, command)
+        if any(alone): return _train_apart(runs, alone, command, pairs)
     make_accelerator(cfgs[0])            # the group of processes, if there is one
     _quiet_libraries()
     with ExitStack() as stack, lost_processes():
         opened = _open_runs(cfgs, command or ['python', '-m', 'rlhf_flant5.train', *runs[0]], stack)
-        return _train_opened(cfgs, runs, opened)
+        return _train_opened(cfgs, runs, opened, pairs)
 
 # %% ../nbs/80_programs/81_train.ipynb #fe281d0d
 def train(overrides:list[str],          # settings, `key=value`
-          command:list[str]|None=None   # recorded with the run
+          command:list[str]|None=None,  # recorded with the run
+          pairs=None                    # tables in the place of `data.name`, as `read_data` takes them
          ) -> dict: # the summary, with the run's folder under `folder`
     "One run from settings to scores. Raises `ConfigError` before any long work."
-    return train_together([overrides], command)[0]
+    return train_together([overrides], command, pairs)[0]
 
 # %% ../nbs/80_programs/81_train.ipynb #815c3fbe
 def _train_each(groups, command):

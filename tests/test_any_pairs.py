@@ -1,4 +1,4 @@
-"""Training, sweep and doctor read pairs of every layout that an evaluation reads, and say what they did with them."""
+'Training, sweep and doctor read pairs of every layout that an evaluation reads, and say what they did with them.'
 import gzip, json
 from collections import Counter
 import pandas as pd
@@ -24,7 +24,8 @@ def parts(pair):
 
 def one_turn(n, split='train'):
     "Toy pairs of one question and one answer."
-    return [p for p in toy_pairs(6*n, split=split) if p['chosen'].count('Human') == p['rejected'].count('Human') == 1][:n]
+    def is_one(p): return p['chosen'].count('Human') == p['rejected'].count('Human') == 1
+    return [p for p in toy_pairs(6*n, split=split) if is_one(p)][:n]
 
 
 def as_hh(p): return dict(chosen=p['chosen'], rejected=p['rejected'])

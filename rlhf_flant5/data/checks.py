@@ -26,7 +26,7 @@ from .toy import toy_tokenizer
 
 # %% ../../nbs/10_data/19a_checks.ipynb #3a136bd6
 def _rows_of_run(cfg): # yields (place, subset, split, row or `ConfigError`)
-    "Every row that a run with these settings reads, good or bad. Raises `ConfigError` for a folder or file that is not there."
+    "Every row that a run with these settings reads, good or bad. Raises `ConfigError` for what is not there."
     subsets = {*(cfg.data.subdirs or ())}
     columns = {k: v for k, v in cfg.data.columns.items() if v is not None}
     for split, parts in parts_of_run(cfg.data).items():       # all are looked for before one is read
@@ -41,7 +41,8 @@ def _rows_of_part(part, columns): # yields (place, pair or `ConfigError`)
     if part.ready is not None:
         for row in part.ready: yield row['id'], row
         return
-    reader, head = RowReader(part.stem, part.subset, columns, part.named), '' if part.named else f'{part.subset}/'
+    reader = RowReader(part.stem, part.subset, columns, part.named)
+    head = '' if part.named else f'{part.subset}/'
     for n, place, row in part.rows():
         if not isinstance(row, ConfigError):
             try: row = reader.read(row, n, place)

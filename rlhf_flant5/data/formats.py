@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.files import ConfigError, RowError
 from .dialogue import dialogue
 from .layouts import FIELDS
-from .pairs import check_row, keys_of, turns
+from .pairs import check_row, keys_of
 
 # %% ../../nbs/10_data/16_formats.ipynb #3aaf1d95
 FORMATS = {                                     # (prompt, chosen and rejected) -> its name
@@ -25,7 +25,8 @@ FORMATS = {                                     # (prompt, chosen and rejected) 
     ('conversation', 'text'): 'a prompt of messages, and responses as texts',
     ('text', 'conversation'): 'whole conversations, with their prompt beside'}
 
-def _is_dialogue(value): return isinstance(value, str) and value[:12].lstrip() != value[:12] and bool(turns(value[:12]))
+def _is_dialogue(value): # it begins with a speaker's mark
+    return isinstance(value, str) and value.startswith(('\n\nHuman:', '\n\nAssistant:'))
 
 def _kind(value):
     if value is None: return 'nothing'

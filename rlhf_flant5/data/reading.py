@@ -53,7 +53,8 @@ def _n_shared_turns(a, b): # characters of the turns that two dialogues begin wi
 def _first_row(part): return next((row for _, _, row in part.rows()), None)
 
 def _is_cached(part:Part, row) -> bool: # a file of HH-RLHF's dialogues and nothing else
-    if part.named or len(part.files) != 1 or part.files[0].suffix in ('.csv', '.parquet'): return False
+    is_file = len(part.files) == 1 and part.files[0].suffix not in ('.csv', '.parquet')
+    if part.named or not is_file: return False
     try: is_dialogues = row_format(row, '') == ('nothing', 'text')
     except ConfigError: return True          # the reader there says what is wrong
     return is_dialogues and {*NUMBERS}.isdisjoint(row)
@@ -67,7 +68,8 @@ def _cached(part): # dialogues, with the columns that stand beside them
 # %% ../../nbs/10_data/16b_reading.ipynb #d5e08046
 def _note_bad(bad, part, place, e): # a bad row; what is wrong with the whole file is raised
     if not isinstance(e, RowError): raise e
-    bad.append(BadRow(place, part.subset, part.split, e.reason, str(e).removeprefix(f'{place}: ')))
+    why = str(e).removeprefix(f'{place}: ')
+    bad.append(BadRow(place, part.subset, part.split, e.reason, why))
 
 def _read_rows(part, columns, bad_rows): # (pairs as dicts, their reader, bad rows)
     reader, found, bad = RowReader(part.stem, part.subset, columns, part.named), [], []
@@ -91,27 +93,35 @@ def _as_dataset(found, keep_own) -> Dataset:
     own = [row.get('own', {}) for row in found]
     for name in NUMBERS:
         if not any(name in o for o in own): continue
-        columns[name], kinds[name] = [_as_number(o.get(name)) for o in own], Value('float64')
-    if keep_own: columns['own'], kinds['own'] = [*map(json.dumps, own)], Value('string')
+        columns[name] = [_as_number(o.get(name)) for o in own]
+        kinds[name] = Value('float64')
+    if keep_own:
+        columns['own'] = [*map(json.dumps, own)]
+        kinds['own'] = Value('string')
     return Dataset.from_dict(columns, features=Features(kinds))
+
+# %% ../../nbs/10_data/16b_reading.ipynb #63ae6f57
+def _refuse_all(part, bad):
+    why = 'no row'
+    if bad: why = f'all {len(bad):,} rows are bad, the first: {bad[0].place}: {bad[0].why}'
+    raise ConfigError(f'{part.brief}: {why}; give one pair at least')
 
 def _read_part(part, columns, bad_rows, keep_own) -> Reading:
     if part.ready is not None: return Reading(part.ready, 'the toy world', part.source)
     plain = bad_rows == 'error' and not columns
     if plain and (cached := _cached(part)): return cached
     found, reader, bad = _read_rows(part, columns, bad_rows)
-    if not found:
-        why = f'all {len(bad):,} rows are bad, the first: {bad[0].place}: {bad[0].why}' if bad else 'no row'
-        raise ConfigError(f'{part.brief}: {why}; give one pair at least')
+    if not found: _refuse_all(part, bad)
     return Reading(_as_dataset(found, keep_own), reader.layout, part.brief, [*reader.others], bad)
 
 # %% ../../nbs/10_data/16b_reading.ipynb #c01af661
 def _of_subsets(pairs, subsets, name):
-    there = {*pairs['subset'][:]}
+    own = pairs['subset'][:]
+    there = {*own}
     if not subsets or there == {*subsets}: return pairs
-    if absent := sorted({*subsets} - there):
-        raise ConfigError(f'{name}: no subset {", ".join(absent)}; there are {", ".join(sorted(there))}')
-    return pairs.select([i for i, s in enumerate(pairs['subset'][:]) if s in subsets])
+    if absent := ', '.join(sorted({*subsets} - there)):
+        raise ConfigError(f'{name}: no subset {absent}; there are {", ".join(sorted(there))}')
+    return pairs.select([i for i, subset in enumerate(own) if subset in subsets])
 
 def _count(counts, split, read, kept, bad): # data sets, and bad rows
     left = Counter(kept['subset'][:])
@@ -119,7 +129,7 @@ def _count(counts, split, read, kept, bad): # data sets, and bad rows
         count = counts[f'{subset}/{split}']
         count['read'] += n
         if n > left[subset]: count['equal texts'] += n - left[subset]
-    for row in bad: counts[f'{row.subset}/{split}'].update({'read': 1, row.reason: 1})
+    for row in bad: counts[f'{row.subset}/{split}'].update(['read', row.reason])
 
 # %% ../../nbs/10_data/16b_reading.ipynb #a77ceea3
 def read_parts(parts:list[Part],             # of one split
@@ -130,17 +140,24 @@ def read_parts(parts:list[Part],             # of one split
                keep_own:bool=False           # other columns of the rows as JSON, under `own`
               ) -> Reading:
     "The pairs of some parts, checked. Raises `ConfigError` naming file and line."
-    counts, split, name = defaultdict(Counter) if counts is None else counts, parts[0].split, parts[0].source
-    readings, kept = [_read_part(p, columns, bad_rows, keep_own) for p in parts], []
+    counts = defaultdict(Counter) if counts is None else counts
+    split, name = parts[0].split, parts[0].source
+    readings = [_read_part(p, columns, bad_rows, keep_own) for p in parts]
     for part, r in zip(parts, readings):
         read = _of_subsets(r.pairs, subsets, name) if part.named else r.pairs
-        kept.append(read if part.ready else of_two_texts(read))
-        _count(counts, split, read, kept[-1], r.bad)
-    pairs = kept[0] if len(kept) == 1 else concatenate_datasets(kept)
-    if not len(pairs):
-        raise ConfigError(f'{name}: no {split} pair is left; give at least one pair of two different texts')
-    layouts, unused = (dict.fromkeys(x for r in readings for x in of(r)) for of in (lambda r: [r.layout], lambda r: r.unused))
-    return Reading(pairs, ' and '.join(layouts), readings[0].source, [*unused], [b for r in readings for b in r.bad])
+        r.pairs = of_two_texts(read) if part.ready is None else read
+        _count(counts, split, read, r.pairs, r.bad)
+    together = _together(readings)
+    if len(together.pairs): return together
+    raise ConfigError(f'{name}: no {split} pair is left; give at least one pair of two different texts')
+
+def _together(readings): # of the parts of a split, as one
+    if len(readings) == 1: return readings[0]
+    def all_of(field): return [x for r in readings for x in getattr(r, field)]
+    pairs = concatenate_datasets([r.pairs for r in readings])
+    layouts = dict.fromkeys(r.layout for r in readings)
+    unused = [*dict.fromkeys(all_of('unused'))]
+    return Reading(pairs, ' and '.join(layouts), readings[0].source, unused, all_of('bad'))
 
 # %% ../../nbs/10_data/16b_reading.ipynb #9971aff9
 def read_any(name,                 # a path, an id of the hub, `toy`, a table, or {split: table}
@@ -160,6 +177,12 @@ def _parts_beside(source:Source, split, train): # of a split that a source may h
     if source.is_single: return []
     return source.parts(split, [p.subset for p in train if not p.named] or None)
 
+def _parts_of(name, split, names, key, called=None): # of pairs that a setting names, `called` so in the run
+    parts = open_source(name, split, names, key=key).needed(split)
+    for part in parts: part.split = called or split
+    return parts
+
+# %% ../../nbs/10_data/16b_reading.ipynb #3d81a654
 def parts_of_run(d, # the `data` settings
                  given=None # a table, or {split: table}, in the place of `data.name`
                 ) -> dict[str, list[Part]]: # train, maybe validation and test, then the named tests
@@ -168,13 +191,8 @@ def parts_of_run(d, # the `data` settings
     source = open_source(d.name if given is None else given, 'train', names, subsets)
     found = dict(train=source.needed('train', subsets))
     for split in ('validation', 'test'): found[split] = _parts_beside(source, split, found['train'])
-    others = dict(d.tests) | ({'validation': d.validation} if d.validation else {})
-    for split, name in others.items():
-        key = 'data.validation' if split == 'validation' else f'data.tests.{split}'
-        place = 'validation' if split == 'validation' else 'test'
-        parts = open_source(name, place, names, key=key).needed(place)
-        for p in parts: p.split = split
-        found[split] = parts
+    if d.validation: found['validation'] = _parts_of(d.validation, 'validation', names, 'data.validation')
+    for test, name in d.tests.items(): found[test] = _parts_of(name, 'test', names, f'data.tests.{test}', test)
     return {split: parts for split, parts in found.items() if parts}
 
 # %% ../../nbs/10_data/16b_reading.ipynb #13392f91
@@ -182,33 +200,38 @@ def unused_columns(d # the `data` settings
                   ) -> list[str]:
     "Columns that the first rows have and a run does not read."
     used, found = {*FIELDS, *d.columns.values()}, {}
-    for part in (p for parts in parts_of_run(d).values() for p in parts if p.ready is None):
-        row = _first_row(part)
-        if isinstance(row, dict): found |= dict.fromkeys(k for k in row if k not in used)
+    for parts in parts_of_run(d).values():
+        for part in parts:
+            row = _first_row(part)
+            if isinstance(row, dict): found |= dict.fromkeys(k for k in row if k not in used)
     return [*found]
+
+# %% ../../nbs/10_data/16b_reading.ipynb #93c86991
+def _subsets_of(d, split): # those that the settings choose; pairs with a name of their own are read whole
+    own = split in d.tests or split == 'validation' and d.validation
+    return None if own else list(d.subdirs or [])
 
 def read_splits(d,         # the `data` settings
                 counts,    # gets a Counter for each `subset/split`
                 given=None # a table, or {split: table}, in the place of `data.name`
                ) -> dict[str, Reading]:
     "The pairs of a run, before they are split and tokenized. Raises `ConfigError`."
-    parts = parts_of_run(d, given)
     columns, found = _set(d.columns), {}
-    for split, of_split in parts.items():
-        subsets = list(d.subdirs or []) if split in ('train', 'validation', 'test') else None
-        if split == 'validation' and d.validation or split in d.tests: subsets = None
-        found[split] = read_parts(of_split, columns, subsets, d.bad_rows, counts)
+    for split, parts in parts_of_run(d, given).items():
+        found[split] = read_parts(parts, columns, _subsets_of(d, split), d.bad_rows, counts)
     return found
 
 # %% ../../nbs/10_data/16b_reading.ipynb #1b8bf90d
 def _check_fraction(bad, n, tolerate): # of bad rows
-    if bad and len(bad) > tolerate*n:
-        raise ConfigError(f'{bad[0].place}: {bad[0].why} (the first of {len(bad):,} bad rows of {n:,}, '
-                          f'more than the share of {tolerate:g} that is tolerated)')
+    if len(bad) <= tolerate*n: return
+    first = bad[0]
+    raise ConfigError(f'{first.place}: {first.why} (the first of {len(bad):,} bad rows of {n:,}, '
+                      f'more than the share of {tolerate:g} that is tolerated)')
 
 def _as_table(reading): # DataFrame
     table = reading.pairs.to_pandas()[['id', 'subset', 'chosen', 'rejected']]
-    own = [json.loads(o or '{}') for o in reading.pairs['own'][:]] if 'own' in reading.pairs.column_names else []
+    if 'own' not in reading.pairs.column_names: return table
+    own = [json.loads(values or '{}') for values in reading.pairs['own'][:]]
     return table.assign(own=own) if any(own) else table
 
 # %% ../../nbs/10_data/16b_reading.ipynb #b3ccbcea

@@ -74,28 +74,31 @@ def _value(v): # of a cell of a table: an array as a list, what is missing as No
     return None if isinstance(v, float) and math.isnan(v) else v
 
 def _memory_rows(table): # a DataFrame, a data set or a list of rows
-    rows = table.to_dict('records') if isinstance(table, pd.DataFrame) else table
-    for row in rows: yield {k: _value(v) for k, v in row.items()} if isinstance(row, dict) else row
+    for row in table.to_dict('records') if isinstance(table, pd.DataFrame) else table:
+        if isinstance(row, dict): row = {k: _value(v) for k, v in row.items()}
+        yield row
 
 @patch
 def rows(self:Part):
     "Yield (number, place, row or `ConfigError`)."
-    for n, row in enumerate(() if self.memory is None else _memory_rows(self.memory)): yield n, f'row:{n}', row
+    if self.memory is not None:
+        for n, row in enumerate(_memory_rows(self.memory)): yield n, f'row:{n}', row
     before = n = 0
     for path in self.files:                     # numbers go on from file to file
-        for n, row in file_rows(path): yield before + n, f'{path}:{n}', row
+        for n, row in file_rows(path):
+            yield before + n, f'{path}:{n}', row
         before += n
 
 # %% ../../nbs/10_data/16a_sources.ipynb #5d74afa1
 _PIECE = r'-\d{5}-of-\d{5}(-[0-9a-f]+)?'
 _END = r'\.(jsonl|jsonl\.gz|csv|parquet)'
 
-def _spellings(split, names): # of a split
-    return [names[split]] if (names or {}).get(split) else SPLITS.get(split, (split,))
+def _spellings(split, names) -> list[str]: # of a split
+    return [names[split]] if (names or {}).get(split) else [*SPLITS.get(split, (split,))]
 
-def _files_of(folder, words): # {subset, or '' for none: files}
-    name = re.compile(rf'({"|".join(map(re.escape, words))})({_PIECE})?{_END}')
-    found = {}
+def _files_of(folder, words:list[str]): # {subset, or '' for none: files}
+    any_word = '|'.join(re.escape(word) for word in words)
+    name, found = re.compile(rf'({any_word})({_PIECE})?{_END}'), {}
     for path in sorted([*folder.glob('*'), *folder.glob('*/*')]):
         subset = '' if path.parent in (folder, folder/'data') else path.parent.name
         if name.fullmatch(path.name): found.setdefault(subset, []).append(path)
@@ -132,15 +135,15 @@ class Source:
 def parts(self:Source, split:str,
           subsets:list[str]|None=None # None: all there are
          ) -> list[Part]:
-    "What is to be read of a split; nothing if there is no such split. Raises `ConfigError` for a subset that is not there."
+    "What is to be read of a split; nothing if it is not there. Raises `ConfigError` for a subset that is not."
     if isinstance(self.place, Mapping): return self._memory_parts(split)
     if not isinstance(self.place, Path):
         return [Part(split, 'pairs', 'pairs', memory=self.place, source=self.name)]
-    if self.is_single: # a file
-        stem = file_stem(self.place)
-        return [Part(split, stem, stem, files=[self.place], source=self.name)]
-    return self._folder_parts(split, subsets)
+    if not self.is_single: return self._folder_parts(split, subsets)
+    stem = file_stem(self.place)
+    return [Part(split, stem, stem, files=[self.place], source=self.name)]
 
+# %% ../../nbs/10_data/16a_sources.ipynb #103cd23f
 @patch
 def _memory_parts(self:Source, split): # {split: table}
     word = next((w for w in _spellings(split, self.names) if w in self.place), None)
@@ -156,25 +159,33 @@ def _folder_parts(self:Source, split, subsets):
     flat = found.pop('', [])
     there = {*(subsets or ())} & {*found}
     if flat and not there:
-        return [Part(split, split, Path(self.name).name or 'pairs', files=flat, source=self.name)]
-    wanted = subsets or sorted(found)
-    if not there and subsets: return []
-    if absent := sorted({*wanted} - {*found}):
-        remedy = '; set data.subdirs to these, or add the files' if self.key else ''
-        raise ConfigError(f'{self.where}: no {split} file in {", ".join(absent)}; '
-                          f'subsets here with one: {", ".join(sorted(found))}{remedy}')
-    return [Part(split, f'{s}/{split}', s, named=False, files=found[s], source=self.name) for s in wanted]
+        name = Path(self.name).name or 'pairs'
+        return [Part(split, split, name, files=flat, source=self.name)]
+    if subsets and not there: return []
+    if subsets: self._check_subsets(split, subsets, found)
+    def part(subset): return Part(split, f'{subset}/{split}', subset, False, found[subset], source=self.name)
+    return [part(subset) for subset in subsets or sorted(found)]
 
+@patch
+def _check_subsets(self:Source, split, wanted, found):
+    absent = ', '.join(sorted({*wanted} - {*found}))
+    if not absent: return
+    there = ', '.join(sorted(found))
+    remedy = '; set data.subdirs to these, or add the files' if self.key else ''
+    raise ConfigError(f'{self.where}: no {split} file in {absent}; subsets here with one: {there}{remedy}')
+
+# %% ../../nbs/10_data/16a_sources.ipynb #e2a4fe36
 @patch
 def needed(self:Source, split:str, subsets:list[str]|None=None) -> list[Part]:
     "The parts of a split that must be there. Raises `ConfigError` saying what is there instead."
     if found := self.parts(split, subsets): return found
     word = _spellings(split, self.names)[0]
-    holds = [*self.place] if isinstance(self.place, Mapping) else _holds(self.place)
+    there = ', '.join(self.place if isinstance(self.place, Mapping) else _holds(self.place)) or 'none'
     of = f' of {", ".join(subsets)}' if subsets else ''
-    remedy = f'set data.splits.{split} to the name that the split has' if self.key else f'pairs are read from {_KINDS}'
-    raise ConfigError(f'{self.where}: no {word} file{of}, such as {word}.jsonl.gz or <subset>/{word}.jsonl.gz; '
-                      f'there are {", ".join(holds) or "none"}; {remedy}')
+    remedy = f'pairs are read from {_KINDS}'
+    if self.key: remedy = f'set data.splits.{split} to the name that the split has'
+    raise ConfigError(f'{self.where}: no {word} file{of}, such as {word}.jsonl.gz '
+                      f'or <subset>/{word}.jsonl.gz; there are {there}; {remedy}')
 
 def _holds(folder): # the first files of pairs
     paths = [*folder.glob('*'), *folder.glob('*/*')]
@@ -188,13 +199,15 @@ def _patterns(words, subsets): # of the hub's files
 
 def _hub_folder(name, key, split, names, subsets):
     words = [w for s in SPLITS for w in _spellings(s, names)]
-    needed = _patterns(_spellings(split, names)[:1], subsets)
-    if not subsets: needed = [f'**/{_spellings(split, names)[0]}[.-]*']
+    word = _spellings(split, names)[0]
+    needed = _patterns([word], subsets) if subsets else [f'**/{word}[.-]*']
     try: return resolve_folder(name, key or 'pairs', _patterns(words, subsets), needed, 'dataset')
     except ConfigError as e:
         if key: raise
         reason = str(e).removeprefix(f'pairs={name}: ').split('; point it at')[0]
         raise ConfigError(f'{name}: {reason}; pairs are read from {_KINDS}') from None
+
+def _toy(): return {split: toy_pairs(split=split) for split in ('train', 'test')}
 
 def _disk(folder): # what `save_to_disk` wrote
     try: return load_from_disk(str(folder))
@@ -211,11 +224,12 @@ def open_source(name,                        # a path, an id of the hub, `toy`, 
     "Look a name up. Raises `ConfigError` in one line."
     names = names or {}
     if not isinstance(name, str): return Source('pairs', '', name, names)
-    if name == 'toy': return Source(name, key, {s: toy_pairs(split=s) for s in ('train', 'test')}, {})
+    if name == 'toy': return Source(name, key, _toy(), {})
     path = Path(os.path.expanduser(name))
-    if os.path.isfile(path) or name.endswith(READS):
-        if name.endswith(READS): return Source(name, key, path, names)
-        raise ConfigError(f'{f"{key}=" if key else ""}{name}: a file of another kind; pairs are read from {_KINDS}')
+    if name.endswith(READS): return Source(name, key, path, names)
+    if os.path.isfile(path):
+        where = f'{key}={name}' if key else name
+        raise ConfigError(f'{where}: a file of another kind; pairs are read from {_KINDS}')
     if not os.path.isdir(path): path = _hub_folder(name, key, split, names, subsets)
     saved = any((path/f).is_file() for f in ('state.json', 'dataset_dict.json'))
     return Source(name, key, _disk(path) if saved else path, names)

@@ -8,7 +8,6 @@ __all__ = ['log', 'load_data', 'model_class', 'keeps_states', 'build_backbone', 
 
 # %% ../../nbs/50_training/59c_build.ipynb #e0024e99
 import hashlib, logging, pydoc
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
