@@ -13,7 +13,7 @@ from rlhf_flant5.config.compose import load_config
 from rlhf_flant5.config.names import choices
 from rlhf_flant5.config.schema import RULES
 from rlhf_flant5.core import files, hub
-from rlhf_flant5.core.files import MAX_LINE, ConfigError
+from rlhf_flant5.core.files import MAX_LINE, ConfigError, RowError
 from rlhf_flant5.core.hub import resolve_folder
 from rlhf_flant5.core.machine import best_device
 from rlhf_flant5.data.pairs import read_pairs, read_rows
@@ -46,7 +46,7 @@ def tables(tmp_path_factory):
 def one_line(e, *parts):
     "The error's text: one line that a terminal prints, with all of `parts` in it."
     text = str(e)
-    assert type(e) is ConfigError
+    assert type(e) in (ConfigError, RowError)
     assert text.isprintable() and len(text) < 12_000, text
     assert all(part in text for part in parts), (text, parts)
     return text

@@ -131,7 +131,7 @@ def _refuse_empty(split, cfg, counts):
     raise ConfigError(f'no {split} pair is left (data.max_tokens={cfg.max_tokens}, '
                       f'data.val_fraction={cfg.val_fraction}); counted: {counts_line(counts)}')
 
-# %% ../../nbs/10_data/11a_tokens.ipynb #cfa70d14
+# %% ../../nbs/10_data/11a_tokens.ipynb #ffea488d
 def prepare_splits(raw:dict[str, Dataset], # as read: `train`, maybe `validation`, and what to test on
                    tokenizer,
                    cfg,                    # the `data` settings
