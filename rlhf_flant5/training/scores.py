@@ -78,11 +78,12 @@ def _log_rules(rules:dict, split:str):
     "The accuracy of the rules that decide anything."
     shown = [f'{name} {100*s["accuracy"]:.1f}%' for name, s in rules.items() if s['n_ties'] < s['n']]
     log.info(f'rules without a parameter, {split}: ' + ', '.join(shown))
-    if split == 'test': return
+
+def _warn_of_no_test():
     log.warning('no test pairs: the best model is judged by the validation pairs, by which it was chosen, '
                 'and they flatter it; name others with data.tests.test=PAIRS')
 
-# %% ../../nbs/50_training/59e_scores.ipynb #a7384e30
+# %% ../../nbs/50_training/59e_scores.ipynb #9d5867be
 def put_scores(summary:dict, split:str, scores:dict):
     "Scores under the name of their split; those of a named test under `tests`."
     place = summary if split in _JUDGED_BY else summary.setdefault('tests', {})
@@ -112,4 +113,5 @@ def final_scores(runs, loops, batches, splits, shared_pass
             if is_first(): _write_rewards(run, split, splits[split], chosen, rejected)
             _log_scores(l, split, found)
     _log_rules(rules, last)
+    if len(keys) == 1: _warn_of_no_test()
     return scores
