@@ -52,9 +52,10 @@ OTHER_WAYS = {
 def draw_once():
     "Import the program and draw the toy world before anything is forked: a quarter of each run's time otherwise."
     import_module('rlhf_flant5.train')
+    from rlhf_flant5.data import sources
     from rlhf_flant5.training import build
-    build.toy_pairs, build.toy_tokenizer = cache(build.toy_pairs), cache(build.toy_tokenizer)
-    for split in ('train', 'test'): build.toy_pairs(split=split)
+    sources.toy_pairs, build.toy_tokenizer = cache(sources.toy_pairs), cache(build.toy_tokenizer)
+    for split in ('train', 'test'): sources.toy_pairs(split=split)
     build.toy_tokenizer()
 
 
