@@ -567,6 +567,7 @@ def typed(value, kind):
     kinds = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Union: return any(typed(value, k) for k in kinds)
     if typing.get_origin(kind) is list: return isinstance(value, list) and all(typed(v, kinds[0]) for v in value)
+    if typing.get_origin(kind) is dict: return isinstance(value, dict) and all(typed(v, kinds[1]) for v in value.values())
     return type(value) is kind
 
 
