@@ -233,6 +233,7 @@ def _is_folder(v): # subtle: no `..`, no slash, so that it stays below data.name
 
 def _are_folders(v): return v is None or len(v) > 0 and len(set(v)) == len(v) and all(map(_is_folder, v))
 def _are_tests(v): # {name: pairs}; a name becomes that of files
+    if v is None or any(type(name) is not str for name in v.values()): return False
     return all(re.fullmatch(r'[A-Za-z]\w{0,59}', k, re.A) and k not in ('train', 'validation') for k in v)
 
 def _is_budget(v): return v == 'auto' or (type(v) is int and v > 0)
