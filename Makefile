@@ -16,7 +16,7 @@ IGNORED :=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## train all five readouts on the toy world and compare them with baselines (2 to 3 minutes on two cores)
+demo: $(READY) ## train all readouts on the toy world and compare them with baselines (2 to 3 minutes on two cores)
 	@root=results/demo-$$(date +%Y%m%d-%H%M%S) && mkdir -p $$root && \
 	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.sweep --seeds 1 --transformer trained --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true && \
 	$(RUN) rlhf_flant5.compare $$root

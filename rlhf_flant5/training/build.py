@@ -84,13 +84,12 @@ _backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pret
                   'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
 
 def build_backbone(cfg, # the `model` settings
-                   decoder:bool, # with its decoder
-                   reads_answers:bool=False # the decoder reads answers, not its start token alone
+                   decoder:bool # with its decoder
                   ) -> Backbone:
     "The transformer, frozen or to be trained. Raises `ConfigError`."
     t5 = _load_transformer(cfg.transformer_name, decoder, cfg.dropout)
     lora = cast(dict, OmegaConf.to_container(cfg.lora))
-    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention, reads_answers)
+    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention)
 
 # %% ../../nbs/50_training/59c_build.ipynb #b9d4447c
 def build_model(cfg,     # the `model` settings
@@ -102,7 +101,7 @@ def build_model(cfg,     # the `model` settings
     set_seed(seed)
     if backbone is None:
         both_stacks = cls.reads_decoder or keeps_states(cfg)      # kept states are those of both
-        backbone = build_backbone(cfg, both_stacks, cls.reads_answer)
+        backbone = build_backbone(cfg, both_stacks)
     set_seed(seed)    # a readout begins the same whatever its backbone has drawn
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg))
     own = {k: v for k, v in settings.items() if k not in _backbone_keys}

@@ -96,7 +96,7 @@ def _cut_by_prompt(texts, budget): # rows of each batch, answers to one prompt t
 def _reward_batches(model, texts, device, budget): # (rows, their rewards), a batch at a time
     cuts = _cut_by_prompt(texts, budget) if model.reads_answer else _cut_by_length(texts, budget)
     for rows in cuts:
-        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id, model.reads_answer)
+        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id)
         batch = {k: v.to(device) for k, v in batch.items()}
         yield rows, model(**batch).cpu().numpy()
 
