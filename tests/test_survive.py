@@ -239,7 +239,7 @@ def test_killed_before_the_first_step(tmp_path, settings, whole, spawn):
     goes_on(tmp_path, spawn, settings, whole)
 
 
-@pytest.mark.parametrize('transformer', ['toy', 'folder'])
+@pytest.mark.parametrize('transformer', ['toy-random', 'folder'])
 def test_killed_while_side_by_side_runs_are_closed(tmp_path, settings, spawn, transformer):
     """The last run is closed first; those that are left go on without it.
 
@@ -247,8 +247,8 @@ def test_killed_while_side_by_side_runs_are_closed(tmp_path, settings, spawn, tr
     names = 'attention_pooled_encoder', 'layerwise_attention', 'decoder_output'
     argv = [s for s in settings if not s.startswith('model=')]
     argv += [f'model=[{",".join(names)}]', 'desc=x', *KINDS['frozen']]
-    # the toy's encoder has other weights without its decoder
-    if transformer == 'toy': argv.append('model.transformer_name=toy')
+    # the random toy's encoder has other weights without its decoder
+    if transformer == 'toy-random': argv.append('model.transformer_name=toy-random')
     said = tmp_path/'said'
     assert exit_code(spawn(argv, where(tmp_path/'whole'), said=said)) == 0, said.read_text()[-2000:]
     for nth in (1, 2, 2):

@@ -44,7 +44,7 @@ class LoraConfig:
 class ModelConfig:
     "What every readout shares: the transformer and how it is trained."
     _target_: str                      # the readout's class
-    transformer_name: str              # a model id of the hub, a local folder, or `toy`
+    transformer_name: str              # a model id of the hub, a local folder, `toy` or `toy-random`
     train_transformer: bool            # train end to end, or only the readout
     # frozen transformer: compute its states once, keep them on disk and train on them
     use_pretrained_output: bool

@@ -18,14 +18,15 @@ from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from transformers import T5EncoderModel, T5Model
 from ..backbone.t5 import Backbone, load_flan_t5
+from ..backbone.toy_flan import toy_flan_t5
 from ..config.names import choices
 from ..core.files import ConfigError, first_line
 from ..core.machine import best_device, choose_precision, precision_name, set_seed
 from ..core.processes import n_processes, named_processes, on_first, rank
 from ..data.batches import PairBatches
 from ..data.pairs import pairs_folder, read_pairs
-from ..data.tokens import load_tokenizer, prepare_splits
-from ..data.toy import best_reachable_accuracy, toy_pairs, toy_tokenizer, toy_transformer
+from ..data.tokens import prepare_splits
+from ..data.toy import best_reachable_accuracy, tokenizer_of, toy_pairs, TOY_TRANSFORMERS, toy_transformer
 from ..models.base import readout_name, RewardModel
 from .budget import find_token_budget
 from .checkpoint import save_weights
@@ -52,8 +53,7 @@ def load_data(cfg, # the whole configuration
               counts # gets what was read, dropped and used
              ): # (tokenizer, {train, validation, test}: tokenized pairs, best reachable accuracy on test or None)
     "Read, check, split and tokenize the pairs. Raises `ConfigError`."
-    raw, transformer = _pairs_of(cfg.data, counts), cfg.model.transformer_name
-    tokenizer = toy_tokenizer() if transformer == 'toy' else load_tokenizer(transformer)
+    raw, tokenizer = _pairs_of(cfg.data, counts), tokenizer_of(cfg.model.transformer_name)
     splits = prepare_splits(raw, tokenizer, cfg.data, cfg.training.loop.n_val_data, counts)
     best = best_reachable_accuracy(splits['test']) if cfg.data.name == 'toy' else None
     return tokenizer, splits, best
@@ -61,9 +61,10 @@ def load_data(cfg, # the whole configuration
 # %% ../../nbs/50_training/59c_build.ipynb #545c6a51
 def _load_transformer(name, decoder, dropout):
     "A T5 by name, or the toy world's, with the decoder or without."
-    if name != 'toy': return load_flan_t5(name, decoder, dropout)
+    if name not in TOY_TRANSFORMERS: return load_flan_t5(name, decoder, dropout)
     changes = {} if dropout is None else dict(dropout_rate=dropout)
-    return toy_transformer(cls=T5Model if decoder else T5EncoderModel, **changes)
+    make = toy_flan_t5 if name == 'toy' else toy_transformer
+    return make(cls=T5Model if decoder else T5EncoderModel, **changes)
 
 # %% ../../nbs/50_training/59c_build.ipynb #dd0011b3
 def model_class(cfg) -> type[RewardModel]: # of the `model` settings
