@@ -76,8 +76,8 @@ def _log_rules(rules:dict):
 
 # %% ../../nbs/50_training/59e_scores.ipynb #102ae13a
 def final_scores(runs, loops, batches, splits, shared_pass
-                ) -> list[dict]: # of each run {baselines, validation, temperature, test}
-    """Score the best models on validation and test, with a temperature from validation;
+                ) -> list[dict]: # of each run {baselines, validation, temperature, reward_mean, test}
+    """Score the best models on validation and test, with temperature and mean reward from validation;
     a row for each pair in `results/`."""
     for l in loops: l.load_best()
     log.info('scores of the best model, in float32 as `score` computes them:')
@@ -89,7 +89,9 @@ def final_scores(runs, loops, batches, splits, shared_pass
         for run, l, own, (chosen, rejected) in zip(runs, loops, scores, rewards):
             own[split] = pair_scores(chosen, rejected, batches[split].subsets, clusters=keys[split])
             own[split]['calibration_error'] = calibration_error(chosen, rejected)
-            if split == 'validation': own['temperature'] = fit_temperature(margins(chosen, rejected))
+            if split == 'validation':
+                own['temperature'] = fit_temperature(margins(chosen, rejected))
+                own['reward_mean'] = float(np.mean([chosen, rejected], dtype=np.float64))  # a zero, for ensembles
             if is_first():
                 table = rewarded(splits[split], chosen, rejected)
                 write_pair_table(table, run.results/f'{split}_pairs.jsonl')

@@ -20,7 +20,7 @@ from ..core.figures import figure
 from ..data.dialogue import dialogue
 from ..models.anatomy import answer_attention, first_position_attention
 from ..models.pooling import WeightedPooling
-from .scorer import RewardModel
+from .ensemble import RewardModel
 
 # %% ../../nbs/60_use/62_explain.ipynb #576debe5
 def _gauss_legendre(n, x): # places in (0, 1) and their weights, (n, 1, ...) to go with x
