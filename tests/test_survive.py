@@ -7,19 +7,18 @@ from hashlib import sha256
 from pathlib import Path
 import pytest, torch
 from conftest import root
-from rlhf_flant5 import train
 from rlhf_flant5.core.processes import launch
 from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.train import main
-from rlhf_flant5.training import checkpoint, loop, origin, states
+from rlhf_flant5.training import checkpoint, loop, origin, pipeline, states
 from rlhf_flant5.training.runs import Run, find_runs, unprotect
 
 # where a run can be hit: name -> (owner, function)
-EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'),
+EARLY = dict(record=(Run, 'record'), data=(pipeline, 'load_data'), begin=(pipeline, 'begin_runs'),
              texts=(origin, 'save_texts'))
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'),
             checkpoint=(checkpoint, 'write_checkpoint'), seal=(checkpoint, 'seal'),
-            scores=(train, 'final_scores'), summary=(train, 'finish'))
+            scores=(pipeline, 'final_scores'), summary=(pipeline, 'finish'))
 ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
 ANY = tuple(EARLY | LATE)
 PHASES = EARLY | LATE | dict(cache=(states.KeptStates, 'write_segment'), close=(Run, '__exit__'))

@@ -9,6 +9,7 @@ __all__ = ['log', 'load_data', 'model_class', 'keeps_states', 'build_backbone', 
 # %% ../../nbs/50_training/59c_build.ipynb #e0024e99
 import hashlib, logging, pydoc
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -50,12 +51,14 @@ def _pairs_of(cfg, counts): # of the `data` settings: {train, test}: raw pairs
 
 # %% ../../nbs/50_training/59c_build.ipynb #3cc783da
 def load_data(cfg, # the whole configuration
-              counts # gets what was read, dropped and used
+              counts, # gets what was read, dropped and used
+              read:Callable=_pairs_of # (`data` settings, counts) -> {train, test}: raw pairs
              ): # (tokenizer, {train, validation, test}: tokenized pairs, best reachable accuracy on test or None)
     "Read, check, split and tokenize the pairs. Raises `ConfigError`."
-    raw, tokenizer = _pairs_of(cfg.data, counts), tokenizer_of(cfg.model.transformer_name)
+    raw, tokenizer = read(cfg.data, counts), tokenizer_of(cfg.model.transformer_name)
     splits = prepare_splits(raw, tokenizer, cfg.data, cfg.training.loop.n_val_data, counts)
-    best = best_reachable_accuracy(splits['test']) if cfg.data.name == 'toy' else None
+    of_toy_world = 'gold_chosen' in splits['test'].column_names
+    best = best_reachable_accuracy(splits['test']) if of_toy_world else None
     return tokenizer, splits, best
 
 # %% ../../nbs/50_training/59c_build.ipynb #545c6a51
