@@ -11,12 +11,12 @@ STYLE  := fastaistyle==0.0.20 pyflakes==4.1.0 ty==0.0.108
 # advisories that `make audit` passes over; one line each, with the reason behind it: IGNORED += --ignore-vuln PYSEC-2026-1 # only in its server
 IGNORED :=
 
-.PHONY: help demo test record replay export lab notebooks readme docs lock audit style check clean
+.PHONY: help demo test record replay pretrain export lab notebooks readme docs lock audit style check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## train all five readouts on the toy world and compare them with baselines (2 to 3 minutes on two cores)
+demo: $(READY) ## train all readouts on the toy world and compare them with baselines (2 to 3 minutes on two cores)
 	@root=results/demo-$$(date +%Y%m%d-%H%M%S) && mkdir -p $$root && \
 	RESULTS_ROOT_DIR="$$PWD/$$root" $(RUN) rlhf_flant5.sweep --seeds 1 --transformer trained --jobs 2 experiment=toy desc=demo sim_man.allow_untracked=true && \
 	$(RUN) rlhf_flant5.compare $$root
@@ -30,6 +30,9 @@ record: $(READY) ## write tests/trajectories.json anew: the curves that a delibe
 
 replay: $(READY) ## compute the recorded curves again: the same to the last bit, on the machine and with the packages that recorded them
 	EXACT=1 $(RUN) pytest -q -s tests/test_trajectories.py
+
+pretrain: $(READY) ## pretrain the toy world's FLAN-T5 by its recipe (under a minute on two cores) and write the copy that the package ships
+	.venv/bin/python -c 'from rlhf_flant5.backbone.toy_flan import ship_toy_flan; ship_toy_flan()'
 
 export: $(READY) ## clean the notebooks, then write the modules from them
 	.venv/bin/nbdev_clean

@@ -19,6 +19,6 @@ setup(
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3'],
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=[name, f'{name}.*']),
-    package_data={name: ['config/**/*.yaml']},
+    package_data={name: ['config/**/*.yaml', 'backbone/*.safetensors']},
     entry_points={'nbdev': [f'{name}={name}._modidx:d'],
                   'console_scripts': [f'{name.replace("_", "-")}={name}.core.program:start']}, zip_safe=False)

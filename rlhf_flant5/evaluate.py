@@ -15,12 +15,15 @@ Column = Annotated[str|None, Option(metavar='COLUMN')]
 Share = Annotated[float, Option(metavar='SHARE')]
 
 # %% ../nbs/80_programs/87_evaluate.ipynb #b61e07d4
-@program('evaluate', 'It writes evaluation.txt, evaluation.json, evaluation.png, pairs.jsonl, wrong.md.',
+@program('evaluate', '''It writes evaluation.txt, evaluation.json, evaluation.png, pairs.jsonl, wrong.md;
+of a file of RewardBench 2, of RM-Bench or of pools of answers with gold rewards, seen by its columns,
+evaluation.txt, evaluation.json, answers.jsonl.''',
          go_on='the same command begins again', remedy='name another folder with --out')
 def main(
     # folder of a run or of a saved model (simulation/best_model of a run), or an id of the hub
     model:str,
-    # toy, a file (.jsonl, .jsonl.gz, .csv, .parquet), a folder of such files, or an id of the hub
+    # toy, a file (.jsonl, .jsonl.gz, .csv, .parquet; .json of a benchmark),
+    # a folder of such files, or an id of the hub
     pairs:str,
     *,
     split:Literal['train', 'validation', 'test']='test',   # of a folder or the toy world (default: test)
@@ -47,10 +50,15 @@ def main(
     check_out(folder, force)
     # a bad row is told before the model is loaded
     columns = _named(id=id, subset=subset, prompt=prompt, chosen=chosen, rejected=rejected)
+    progress = sys.stderr.isatty()
+    if answers := _benchmark(pairs, subsets, columns, tolerate):
+        scorer = RewardModel.from_pretrained(model, device)
+        how = dict(too_long=too_long, precision=precision, progress=progress)
+        return _evaluate_answers(scorer, answers, dict(model=model, answers=pairs), folder, **how)
     found = _read_pairs(pairs, split, subsets, columns=columns, tolerate=tolerate)
     scorer = RewardModel.from_pretrained(model, device)
     table, report = evaluate(scorer, found.pairs, too_long, counts=found.counts,
-                             precision=precision, progress=sys.stderr.isatty())
+                             precision=precision, progress=progress)
     report = dict(model=model, **_facts(scorer.config, found)) | report
     write_report(folder, table, report, found.pairs)
     _print_notes(scorer.config, found, table, f'{precision} on {device or "the best device"}')
@@ -67,9 +75,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from .core.files import ConfigError
+from .data.answers import Answers, load_answers
 from .data.reading import load_pairs
 from .data.layouts import READS
 from .data.pairs import fingerprint
+from .use.benchmarks import ANSWER_FILES, evaluate_answers, show_answers, write_answers
 from .use.evaluation import check_out, evaluate, FILES, show_report, write_report
 from .use.scorer import RewardModel
 
@@ -147,6 +157,22 @@ def _print_report(out, report, counts):
     print(f'counts  {", ".join(f"{n:,} {what}" for what, n in total.items())}')
     print(f'\n{show_report(report)}\n')
     for name in FILES: print(f'wrote   {out/name}')
+
+# %% ../nbs/80_programs/87_evaluate.ipynb #c1ee6c78
+def _benchmark(name, subsets, columns, tolerate) -> Answers|None: # None: pairs
+    answers = load_answers(name, subsets)
+    if answers and (columns or tolerate):
+        raise ConfigError(f'{name}: {answers.kind}; columns are named and bad rows are tolerated for pairs alone, '
+                          'leave the options out')
+    return answers
+
+def _evaluate_answers(scorer, answers, names, folder, **how):
+    print(f'answers {names["answers"]}: {len(answers.table):,} prompts, {answers.n_answers:,} answers, {answers.kind}',
+          flush=True)
+    table, report = evaluate_answers(scorer, answers, **how)
+    write_answers(folder, table, names | dict(readout=scorer.config['readout']) | report)
+    print(f'model   {names["model"]}: {scorer.config["readout"]}\n\n{show_answers(report)}\n')
+    for name in ANSWER_FILES: print(f'wrote   {folder/name}')
 
 # %% ../nbs/80_programs/87_evaluate.ipynb #93e24b67
 #| eval: false

@@ -20,7 +20,7 @@ def main(
     # settings of all runs; comma-separated values are tried one after the other; --help-settings lists them all
     settings:SettingsOfMany,
     *,
-    readouts:str=','.join(choices('model')), # comma-separated; default: all five
+    readouts:str=','.join(choices('model')), # comma-separated; default: all
     seeds:str='3',                           # how many (1, 2, ...), or a comma-separated list; default: 3
     transformer:str='trained,frozen',        # trained, frozen, or both (default)
     jobs:Annotated[int, Option('-j')]=1,     # processes at a time

@@ -96,12 +96,12 @@ short = [
 @pytest.fixture(scope='session')
 def trained_run(tmp_path_factory):
     "The folder of a run on the toy world: two batches, judged on all its test pairs. Take a copy to change it."
-    from rlhf_flant5.train import train
+    from rlhf_flant5.training.pipeline import train_run
     settings = ['experiment=toy', 'model=decoder_output', 'desc=trained', 'training.precision=fp32',
                 'data.n_train_data=64', 'data.n_test_data=0', 'training.loop.n_val_data=64']
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('RESULTS_ROOT_DIR', str(tmp_path_factory.mktemp('results')))
-        return train([*settings, *short])['folder']
+        return train_run([*settings, *short])['folder']
 
 
 def examples(n):

@@ -12,8 +12,9 @@ from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.data.examination import examine
 from rlhf_flant5.data.reading import read_any
 from rlhf_flant5.data.toy import toy_pairs
-from rlhf_flant5.train import main, read_data, train
+from rlhf_flant5.train import main
 from rlhf_flant5.training.changes import changed_settings
+from rlhf_flant5.training.pipeline import read_data, train_run
 
 
 def parts(pair):
@@ -122,7 +123,8 @@ TABLES = dict(
 @pytest.mark.parametrize('make', TABLES.values(), ids=TABLES)
 def test_tables_in_memory(make, forty, tmp_path):
     data = splits_of(*settings('toy'), pairs=make([*map(as_messages, forty)], tmp_path))
-    texts = {*data.splits['train']['chosen'][:], *data.splits['validation']['chosen'][:]}
+    assert [*data.splits] == ['train', 'validation', 'test']
+    texts = {text for pairs in data.splits.values() for text in pairs['chosen'][:]}
     assert texts == {p['chosen'] for p in forty}
     assert data.best is None
 
@@ -204,7 +206,7 @@ def test_the_first_bad_row_ends_a_run(with_bad_rows):
 
 
 def test_bad_rows_are_dropped_counted_and_listed(with_bad_rows, forty, results, capsys):
-    summary = train(settings(with_bad_rows, 'data.bad_rows=drop', 'desc=few'))
+    summary = train_run(settings(with_bad_rows, 'data.bad_rows=drop', 'desc=few'))
     run = summary['folder']
     listed = [json.loads(line) for line in (run/'data'/'bad_rows.jsonl').read_text().splitlines()]
     assert [row['place'] for row in listed] == [f'{with_bad_rows}:{n}' for n in range(8, 13)]
@@ -232,7 +234,7 @@ def test_the_doctor_reads_the_same(with_bad_rows):
 
 def test_a_run_without_test_pairs(forty, results, tmp_path, capsys):
     path = FORMATS['parquet'](tmp_path, forty)
-    summary = train(settings(path, 'desc=untested', 'model=decoder_output'))
+    summary = train_run(settings(path, 'desc=untested', 'model=decoder_output'))
     assert 'test' not in summary and summary['validation']['n'] > 0
     run = summary['folder']
     assert not (run/'results'/'test_pairs.jsonl').exists()

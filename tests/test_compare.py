@@ -347,6 +347,22 @@ Not shown, since their speed is shared: layerwise_attention, frozen
     training.optimizer.init_lr: 3e-4"""
 
 
+def test_the_seeds_of_a_row_together(three, results, few):
+    (c,) = compared(results)
+    assert compare.main([str(results)]) == 0
+    several = [row for row in c.models if len(row.runs) > 1]
+    numbers = pd.read_csv(results/'comparison'/'ensembles.csv').set_index('name')
+    assert [*numbers.index] == [row.name for row in several] and several
+    for row in several:                                   # recomputed pair by pair
+        tables = [(t.set_index('id').margin, r.summary['temperature']) for t, r in zip(row.tables['test'], row.runs)]
+        points = [np.mean([m[i]/T for m, T in tables]) for i in tables[0][0].index]
+        own = np.mean((np.sign(points) + 1)/2)
+        alone = np.mean([((np.sign(m) + 1)/2).mean() for m, _ in tables])
+        assert numbers.ensemble[row.name] == pytest.approx(own)
+        assert numbers.gain[row.name] == pytest.approx(own - alone)
+    assert '## The seeds of a row together' in report(results)
+
+
 def test_report_says_where_it_comes_from(results, capsys, few):
     """Date, command, commits, what the columns mean, the interval of two seeds, captions,
     and rows without a speed of their own."""

@@ -376,11 +376,12 @@ def test_maps_hold_no_file_open(tmp_path, few):
 
 
 def shared_run(model, seed):
-    from rlhf_flant5.train import train
-    return train(['experiment=toy', f'model={model}', f'seed={seed}', 'model.train_transformer=False',
-                  'data.n_train_data=96', 'data.n_test_data=40', 'training.loop.n_val_data=40',
-                  'training.loop.n_epochs=1', 'desc=share', f'index={seed}', 'device_name=cpu',
-                  'sim_man.allow_untracked=true'])
+    from rlhf_flant5.training.pipeline import train_run
+    settings = ['experiment=toy', f'model={model}', f'seed={seed}', 'model.train_transformer=False',
+                'data.n_train_data=96', 'data.n_test_data=40', 'training.loop.n_val_data=40',
+                'training.loop.n_epochs=1', 'desc=share', f'index={seed}', 'device_name=cpu',
+                'sim_man.allow_untracked=true']
+    return train_run(settings)
 
 
 def first_test_row(run):

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from conftest import root
-from rlhf_flant5 import RewardModel, train
+from rlhf_flant5 import RewardModel
 from rlhf_flant5.core.files import ConfigError
 from rlhf_flant5.core.processes import launch, rank
 from rlhf_flant5.data.batches import pad_ids
 from rlhf_flant5.data.pairs import read_rows
 from rlhf_flant5.data.tokens import encode
 from rlhf_flant5.train import main
-from rlhf_flant5.training import loop, origin, states
+from rlhf_flant5.training import loop, origin, pipeline, states
 from rlhf_flant5.training.runs import find_runs
 from test_survive import where
 
@@ -230,12 +230,12 @@ def nobody_foresaw(*args): raise LookupError(f'nobody foresaw this in {rank()}')
 
 def unexpected_in_the_first():
     "Before the first step, while the other process waits for it."
-    train.begin_runs = nobody_foresaw
+    pipeline.begin_runs = nobody_foresaw
 
 def unexpected_in_the_other():
-    steps = train.run_loops
+    steps = pipeline.run_loops
     def failing(*args): return nobody_foresaw() if rank() == 1 else steps(*args)
-    train.run_loops = failing
+    pipeline.run_loops = failing
 
 
 @pytest.mark.parametrize('change, who', [(unexpected_in_the_first, 0), (unexpected_in_the_other, 1)])

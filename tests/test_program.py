@@ -244,7 +244,7 @@ UNKNOWN = {
     'training.bf16': 'here it is training.precision',
     'model.name': 'here it is model.transformer_name',
     'hydra.run.dir': 'RESULTS_ROOT_DIR',
-    'report_to': 'TensorBoard',
+    'report_to': 'here it is training.trackers',
     'gradient_accumulation_steps': 'nothing to accumulate',
     'training.gradient_accumulation_steps': 'nothing to accumulate',
     'early_stopping_patience': 'here it is training.loop.max_non_optim_vals',

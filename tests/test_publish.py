@@ -493,3 +493,41 @@ def test_adapters_for_layers_that_are_not_there(asked, gone):
     says = f"this T5 has no linear layer '{gone}'; it has k, o, q, v, wi_0, wi_1, wo"
     with pytest.raises(ConfigError, match=says):
         build('layerwise_attention', lora=dict(r=2, alpha=4, target_modules=asked))
+
+
+# ---- an average of runs
+
+def test_the_average_of_a_run_and_its_copy_is_the_run(trained_run, tmp_path, capsys):
+    twin = shutil.copytree(trained_run, tmp_path/'Reward-Model-Training'/trained_run.name)
+    assert main(['average', str(trained_run), str(twin), str(tmp_path/'mean'), '--device', 'cpu']) == 0
+    said = capsys.readouterr().out
+    assert said.count('run     ') == 2 and f'evaluate {tmp_path/"mean"} PAIRS' in said and 'note' not in said
+    own, mean = (RewardModel.from_pretrained(folder, 'cpu') for folder in (trained_run, tmp_path/'mean'))
+    texts = toy_pairs(9)['chosen'][:]
+    assert mean.score(texts).tolist() == own.score(texts).tolist()
+    summary = summary_of(trained_run)
+    assert mean.config['temperature'] == pytest.approx(summary['temperature'], rel=1e-3)
+    assert mean.config['reward_mean'] == pytest.approx(summary['reward_mean'], abs=1e-4)
+    assert mean.config['averaged'] == 2 and 'test' not in mean.config
+    assert f'{100*summary["validation"]["accuracy"]:.1f}% of the' in said
+
+
+def test_what_can_not_be_averaged(trained_run, tmp_path, capsys):
+    twin = shutil.copytree(trained_run, tmp_path/'Reward-Model-Training'/trained_run.name)
+    def fails(says, *folders, out=tmp_path/'mean'):
+        assert main(['average', *map(str, folders), str(out)]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path/'mean').exists()
+    fails('one run; an average needs two', trained_run)
+    fails('exists; name a new folder', trained_run, twin, out=twin)
+    settings = twin/'data'/'config.yaml'
+    settings.write_text(settings.read_text().replace('init_lr:', 'init_lr: 0.5 #'))
+    fails('another recipe than', trained_run, twin)
+    (twin/'results'/'summary.json').unlink()
+    fails('not finished', trained_run, twin)
+
+
+def test_other_seeds_are_noted(trained_run, tmp_path, capsys):
+    twin = shutil.copytree(trained_run, tmp_path/'Reward-Model-Training'/trained_run.name)
+    change(twin/'results'/'summary.json', seed=summary_of(trained_run)['seed'] + 1)
+    assert main(['average', str(trained_run), str(twin), str(tmp_path/'mean'), '--device', 'cpu']) == 0
+    assert ': each readout began elsewhere' in capsys.readouterr().out

@@ -820,7 +820,8 @@ from rlhf_flant5.compare import main as compare      # first: it tells the libra
 from rlhf_flant5.data.batches import pad_ids
 from rlhf_flant5.data.tokens import encode
 from rlhf_flant5.models.base import RewardModel
-from rlhf_flant5.train import main, train
+from rlhf_flant5.train import main
+from rlhf_flant5.training.pipeline import train_run
 import datasets.config, huggingface_hub.constants
 from huggingface_hub.utils import build_hf_headers
 
@@ -830,7 +831,7 @@ assert 'torch' not in build_hf_headers()['user-agent']
 
 pairs, *settings = sys.argv[1:]
 for i, trained in enumerate(('True', 'False')):
-    summary = train([f'data.name={pairs}', f'index={i}', f'model.train_transformer={trained}', *settings])
+    summary = train_run([f'data.name={pairs}', f'index={i}', f'model.train_transformer={trained}', *settings])
     model = RewardModel.from_pretrained(summary['folder']/'simulation'/'best_model')
     model(**pad_ids(encode(model.tokenizer, ['\\n\\nHuman: a\\n\\nAssistant: b']), 0))
 compare([os.environ['RESULTS_ROOT_DIR']])

@@ -7,19 +7,18 @@ from hashlib import sha256
 from pathlib import Path
 import pytest, torch
 from conftest import root
-from rlhf_flant5 import train
 from rlhf_flant5.core.processes import launch
 from rlhf_flant5.models.base import RewardModel
 from rlhf_flant5.train import main
-from rlhf_flant5.training import checkpoint, loop, origin, states
+from rlhf_flant5.training import checkpoint, loop, origin, pipeline, states
 from rlhf_flant5.training.runs import Run, find_runs, unprotect
 
 # where a run can be hit: name -> (owner, function)
-EARLY = dict(record=(Run, 'record'), data=(train, 'load_data'), begin=(train, 'begin_runs'),
+EARLY = dict(record=(Run, 'record'), data=(pipeline, 'load_data'), begin=(pipeline, 'begin_runs'),
              texts=(origin, 'save_texts'))
 LATE = dict(step=(loop, 'train_step'), validation=(loop, 'evaluate_all'), best=(RewardModel, 'save_pretrained'),
             checkpoint=(checkpoint, 'write_checkpoint'), seal=(checkpoint, 'seal'),
-            scores=(train, 'final_scores'), summary=(train, 'finish'))
+            scores=(pipeline, 'final_scores'), summary=(pipeline, 'finish'))
 ONCE = 'data', 'begin', 'texts', 'scores', 'summary'         # in the life of a process
 ANY = tuple(EARLY | LATE)
 PHASES = EARLY | LATE | dict(cache=(states.KeptStates, 'write_segment'), close=(Run, '__exit__'))
@@ -239,7 +238,7 @@ def test_killed_before_the_first_step(tmp_path, settings, whole, spawn):
     goes_on(tmp_path, spawn, settings, whole)
 
 
-@pytest.mark.parametrize('transformer', ['toy', 'folder'])
+@pytest.mark.parametrize('transformer', ['toy-random', 'folder'])
 def test_killed_while_side_by_side_runs_are_closed(tmp_path, settings, spawn, transformer):
     """The last run is closed first; those that are left go on without it.
 
@@ -247,8 +246,8 @@ def test_killed_while_side_by_side_runs_are_closed(tmp_path, settings, spawn, tr
     names = 'attention_pooled_encoder', 'layerwise_attention', 'decoder_output'
     argv = [s for s in settings if not s.startswith('model=')]
     argv += [f'model=[{",".join(names)}]', 'desc=x', *KINDS['frozen']]
-    # the toy's encoder has other weights without its decoder
-    if transformer == 'toy': argv.append('model.transformer_name=toy')
+    # the random toy's encoder has other weights without its decoder
+    if transformer == 'toy-random': argv.append('model.transformer_name=toy-random')
     said = tmp_path/'said'
     assert exit_code(spawn(argv, where(tmp_path/'whole'), said=said)) == 0, said.read_text()[-2000:]
     for nth in (1, 2, 2):

@@ -2,9 +2,9 @@
 import gzip, itertools, json, os, shutil, signal, socket, subprocess, sys, time
 import pytest
 from conftest import program, root, short
-from rlhf_flant5 import train
 from rlhf_flant5.config.names import choices
 from rlhf_flant5.data.tokens import encode, load_tokenizer
+from rlhf_flant5.train import main
 
 
 def run_folder(results, name): return results/'Reward-Model-Training'/name
@@ -211,11 +211,11 @@ def test_literal_tokens_as_sentencepiece_has_them(t5_tokenizer):
 def test_what_a_run_says_of_itself(results, capsys):
     "A warning only for what the user has set; at the end that the folder is closed, and how to remove it."
     toy = ['experiment=toy', 'data.n_train_data=64', 'data.n_test_data=20', 'training.loop.n_val_data=20', *short]
-    assert train.main([*toy, 'desc=plain']) == 0
+    assert main([*toy, 'desc=plain']) == 0
     out, err = capsys.readouterr()
     folder = run_folder(results, 'desc-plain,index-0')
     assert 'is ignored' not in err
     assert out.endswith(f'data, log and models are read-only now; to remove it: rm -rf {folder}\n')
-    assert train.main([*toy, 'desc=set', 'model.use_pretrained_output=True']) == 0
+    assert main([*toy, 'desc=set', 'model.use_pretrained_output=True']) == 0
     ignored = 'model.use_pretrained_output=True is ignored: the transformer is trained'
     assert capsys.readouterr().err.count(ignored) == 1

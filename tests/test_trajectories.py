@@ -25,7 +25,8 @@ N_STEPS = 50
 
 def every(n): return '{interval_val: %d, interval_type: batches, max_n_intervals: -1, min_batches: 0}' % n
 
-SETTINGS = ['experiment=toy', 'desc=curve', 'device_name=cpu', 'sim_man.allow_untracked=true', 'resume=true',
+SETTINGS = ['experiment=toy', 'model.transformer_name=toy-random', 'desc=curve', 'device_name=cpu',
+            'sim_man.allow_untracked=true', 'resume=true',
             'training.precision=fp32', 'training.compile=false', 'training.token_budget=512',
             'model.kept_dtype=float32',
             'data.n_train_data=240', 'data.n_test_data=10', 'training.loop.n_val_data=50',
@@ -54,9 +55,9 @@ def draw_once():
     import_module('rlhf_flant5.train')
     from rlhf_flant5.data import sources
     from rlhf_flant5.training import build
-    sources.toy_pairs, build.toy_tokenizer = cache(sources.toy_pairs), cache(build.toy_tokenizer)
+    sources.toy_pairs, build.tokenizer_of = cache(sources.toy_pairs), cache(build.tokenizer_of)
     for split in ('train', 'test'): sources.toy_pairs(split=split)
-    build.toy_tokenizer()
+    build.tokenizer_of('toy-random')
 
 
 def train(settings, folder, group):

@@ -95,16 +95,23 @@ def _across_padded(q, k, v, queries, keys, dropout):
     else: out = F.scaled_dot_product_attention(q, k, v, attn_mask=padding, dropout_p=dropout, scale=1.)
     return queries.pack(out.transpose(1, 2))
 
+def _one_by_one(queries:Texts, keys:Texts) -> bool:
+    "Whether small products, one a text, are faster than a padded rectangle: on a CPU, where most of it would be padding."
+    sizes = [n*m for n, m in zip(queries.lengths, keys.lengths)]
+    padded = len(sizes)*max(queries.lengths)*max(keys.lengths)
+    kind = queries.mask.device.type
+    # subtle: in bfloat16 a CPU makes a kernel for each new shape, and hardly two prompts have the same
+    if kind != 'cpu' or torch.is_autocast_enabled(kind): return False
+    return sum(sizes) >= 2500*len(sizes) and padded > 1.5*sum(sizes)
+
 def attend_across(q:torch.Tensor,                   # queries, (T, H, d)
                   k:torch.Tensor, v:torch.Tensor,   # of the prompts, packed
                   queries:Texts,                    # all queries of a prompt as one text
                   keys:Texts,                       # the prompts
                   dropout:float=0.                  # rate, of the attention weights
                  ) -> torch.Tensor: # (T, H, d)
-    "softmax(q k') v, prompt by prompt where they are long and on a CPU, over a padded rectangle elsewhere."
-    # subtle: in bfloat16 a CPU makes a kernel for each new shape, and hardly two prompts have the same
-    one_by_one = q.device.type == 'cpu' and q.dtype == torch.float32 and len(q) >= 100*len(queries.lengths)
-    way = _across_by_prompt if one_by_one else _across_padded
+    "softmax(q k') v, prompt by prompt or over a padded rectangle, whichever is faster."
+    way = _across_by_prompt if _one_by_one(queries, keys) else _across_padded
     return way(q, k, v, queries, keys, dropout)
 
 # %% ../../nbs/20_backbone/24_answers.ipynb #a32f7542
@@ -153,7 +160,8 @@ def _last_only(self:DecoderBlock, own, cross, x, bias, memory, answers, queries,
 @patch
 def _decode_answers(self:Backbone, memory, answers): # packed prompts' last states -> (N, D) after each block
     stack, texts = self.transformer.decoder, answers.texts
-    attend, queries = choose_attention(self.attention, texts), _queries_by_prompt(answers)
+    way = 'by_text' if self.attention == 'auto' and _one_by_one(texts, texts) else self.attention
+    attend, queries = choose_attention(way, texts), _queries_by_prompt(answers)
     call:Callable = lambda f, *args: f(*args)
     if self.gradient_checkpointing and torch.is_grad_enabled(): call = partial(checkpoint, use_reentrant=False)
     x = stack.dropout(stack.embed_tokens(answers.ids))
@@ -184,6 +192,12 @@ def read_answers(self:Backbone,
     return States([], first, decoder, answers.texts)
 
 # %% ../../nbs/20_backbone/24_answers.ipynb #17dfb57d
+@patch
+def wake_decoder(self:Backbone):
+    "Train what a decoder of one position leaves idle: that of an answer reads more."
+    for p in self.idle: p.requires_grad_(True)
+    self.idle = []
+
 @patch
 def read(self:Backbone,
          input_ids:torch.Tensor,                  # (N, L)

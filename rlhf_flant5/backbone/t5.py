@@ -163,17 +163,16 @@ class Backbone(nn.Module):
                  train_transformer:bool=True,        # or frozen
                  gradient_checkpointing:bool=False,  # recompute activations backwards: less memory, more time
                  lora:dict|None=None,                # adapters: r (0: none), alpha, target_modules
-                 attention:str='auto',               # by_text, padded or fused
-                 reads_answers:bool=False):          # the decoder reads answers, not its start token alone
+                 attention:str='auto'):              # by_text, padded or fused
         super().__init__()
         self.transformer = _own_blocks(fuse(transformer))
         self.trained, self.lora = train_transformer, dict(lora or dict(r=0))
         self.gradient_checkpointing, self.attention = gradient_checkpointing, attention
         self.project:Callable = project      # compiled on request
-        self.has_decoder, self.reads_answers = isinstance(transformer, T5Model), reads_answers
+        self.has_decoder = isinstance(transformer, T5Model)
         if not train_transformer: transformer.requires_grad_(False)
         elif self.lora['r']: _add_lora(transformer, **self.lora)
-        if isinstance(transformer, T5Model) and not reads_answers: freeze_idle(transformer)
+        self.idle = freeze_idle(transformer) if isinstance(transformer, T5Model) else []
         self.train()
 
     @property
@@ -266,14 +265,14 @@ def check_batch(input_ids, attention_mask):
                          'a text must begin at the first position and have no gap; pad on the right')
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #d3c0e856
-def freeze_idle(transformer:T5Model):
+def freeze_idle(transformer:T5Model) -> list[nn.Parameter]: # those that were trained before
     "Freeze what a single decoder position makes idle: query, key and position bias of the decoder's self-attention."
-    for layer in transformer.decoder.modules():
-        if not isinstance(layer, T5LayerSelfAttention): continue
-        attention = layer.SelfAttention
-        attention.q.requires_grad_(False)
-        attention.k.requires_grad_(False)
-        if attention.has_relative_attention_bias: attention.relative_attention_bias.requires_grad_(False)
+    attentions = [m.SelfAttention for m in transformer.decoder.modules() if isinstance(m, T5LayerSelfAttention)]
+    biases = [a.relative_attention_bias for a in attentions if a.has_relative_attention_bias]
+    parts = [part for a in attentions for part in (a.q, a.k)] + biases
+    idle = [p for part in parts for p in part.parameters() if p.requires_grad]
+    for p in idle: p.requires_grad_(False)
+    return idle
 
 # %% ../../nbs/20_backbone/22_t5.ipynb #cc329945
 def _check_targets(transformer, target_modules):

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from .. import __version__
 from .comparisons import counted, origin_notes
+from .ensembles import ensemble_numbers, ENSEMBLE_NOTE, ensemble_scores, ensemble_table
 from .figures import accuracy_numbers, calibration_numbers, cost_numbers, curve_numbers
 from .figures import difference_numbers, length_numbers, plot_accuracy, plot_calibration
 from .figures import plot_cost, plot_curves, plot_differences, plot_disagreement
@@ -159,7 +160,7 @@ _SPEEDS = ('Speeds are those of the runs, validation included and kept states no
           'what shared a machine with other programs can\'t be compared.')
 
 # %% ../../nbs/75_comparison/79b_report.ipynb #f26c91be
-def _sections(c, scores, pairs, command): # heading -> text, but for figures
+def _sections(c, scores, pairs, ensembles, command): # heading -> text, but for figures
     table, costs = answer_table(c, scores), cost_table(c, scores)
     rows = '\n'.join(f'- {l}' for l in key_lines(c))
     words = '\n'.join(reading(scores))
@@ -167,6 +168,7 @@ def _sections(c, scores, pairs, command): # heading -> text, but for figures
     sections['Test accuracy'] = _joined(table, rows, _lines(footnotes(table)), words, _clustering(c, scores))
     if notes := [*c.notes, *origin_notes(c)]:
         sections['What to know of these runs'] = '\n'.join(f'- {n}' for n in notes)
+    if ensembles: sections['The seeds of a row together'] = _joined(ensemble_table(ensembles), ENSEMBLE_NOTE)
     for kind, text in pair_tables(c, pairs).items():
         sections[f'Every pair of {kind} readouts'] = _pair_section(text, kind, pairs)
     sections['Subsets'] = subset_table(scores)
@@ -179,7 +181,7 @@ def _empty(folder): # of what a former report wrote
     if folder.is_symlink(): raise ConfigError(f'{folder} is a link, and nothing is written through links; remove it')
     folder.mkdir(exist_ok=True, parents=True)
     figures = [f'{n}.{end}' for n in FIGURES for end in ('png', 'svg', 'pdf', 'csv')]
-    for name in ('report.md', 'scores.json', 'pairs.csv', 'suspicious.md', 'divided.md', *figures):
+    for name in ('report.md', 'scores.json', 'pairs.csv', 'ensembles.csv', 'suspicious.md', 'divided.md', *figures):
         (folder/name).unlink(missing_ok=True)     # subtle: a link there would be written through
 
 def _settings_lines(c): return '\n'.join(f'    {k}: {value_text(v)}' for k, v in _common_settings(c).items())
@@ -194,17 +196,18 @@ def write_report(c:Comparison, folder:Path,
                 ) -> str: # what a terminal shows
     "Tables, figures, numbers and sheets of a comparison in a folder of their own."
     _empty(folder)
-    scores, pairs = all_scores(c), pair_differences(c)
+    scores, pairs, ensembles = all_scores(c), pair_differences(c), ensemble_scores(c)
     figures = _write_figures(c, scores, folder, formats)
     parts = [f'# {c.data_name}']
-    for head, text in _sections(c, scores, pairs, command).items(): parts.append(_joined(head and f'## {head}', text))
+    for head, text in _sections(c, scores, pairs, ensembles, command).items(): parts.append(_joined(head and f'## {head}', text))
     report = [*map(escaped, parts), '## Figures', *figures, '## Settings that all readouts share', _settings_lines(c)]
     (folder/'report.md').write_text('\n\n'.join(report) + '\n', encoding='utf-8')
     write_json(folder/'scores.json', scores)
     _write_numbers(pd.DataFrame(pairs, columns=_PAIR_COLUMNS), folder/'pairs.csv')
+    if ensembles: _write_numbers(ensemble_numbers(ensembles), folder/'ensembles.csv')
     _write_sheets(c, folder)
     table, notes = answer_table(c, scores), '\n'.join(f'note: {n}' for n in (*c.notes, *origin_notes(c)))
-    return _joined(table, '\n'.join(key_lines(c)), footnotes(table), notes)
+    return _joined(table, '\n'.join(key_lines(c)), footnotes(table), ensemble_table(ensembles), notes)
 
 # %% ../../nbs/75_comparison/79b_report.ipynb #c43ee190
 def _who_is_right(row): return escaped(f'Right: {row.right}\n\nWrong: {row.wrong}')

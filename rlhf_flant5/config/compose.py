@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_USED', 'compose_settings', 'parse_override', 'load_config', 'show_config', 'settings_help', 'with_file',
-           'check_early']
+           'named_settings', 'check_early']
 
 # %% ../../nbs/05_config/08_compose.ipynb #42543690
 import re
@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from .names import choices, nearest_name, setting_keys, unknown_setting
+from .names import choices, full_name, nearest_name, setting_keys, unknown_setting
 from .schema import CONFIG_DIR, meanings, RULES
 from ..core.files import ConfigError
 from ..core.trust import read_yaml
@@ -218,7 +218,7 @@ def settings_help(keys:list[str]|None=None # default: all
 def _quoted(value) -> str:
     "A value as Hydra reads it on the command line."
     if value is None: return 'null'
-    if isinstance(value, list): return f'[{",".join(map(_quoted, value))}]'
+    if isinstance(value, (list, tuple)): return f'[{",".join(map(_quoted, value))}]'
     if isinstance(value, (bool, int, float)): return str(value).lower()
     text = re.sub(r"(\\*)'", r"\1\1\'", str(value))           # a quote, and the backslashes before it
     return "'" + re.sub(r'(\\+)$', r'\1\1', text) + "'"
@@ -250,6 +250,19 @@ def with_file(path:str|Path|None, # a YAML file, or a run's folder; None: no fil
     settings = dict(_flat(read_yaml(path), path))
     _name_readout(settings)
     return [_as_override(k, v) for k, v in settings.items() if k not in given] + list(overrides)
+
+# %% ../../nbs/05_config/08_compose.ipynb #f65bec1e
+def named_settings(settings:dict # name, or its last part -> value, or a dictionary of such
+                  ) -> list[str]: # `key=value`
+    "Settings as a command line has them. Raises `ConfigError` for a name that is unknown, unclear or there twice."
+    groups = [_as_override(k, settings[k]) for k in ('model', 'experiment') if isinstance(settings.get(k), str)]
+    for o in groups: _check_choice(parse_override(o))
+    keys, found = _keys_with(tuple(groups)), {}
+    for word, value in settings.items():
+        for key, v in _flat({full_name(word, keys): value}, 'settings'):
+            if key in found: raise ConfigError(f'{word}: {key} is set twice; leave one out')
+            found[key] = v
+    return [_as_override(k, v) for k, v in found.items()]
 
 # %% ../../nbs/05_config/08_compose.ipynb #062ecd2e
 def _is_several(override, several): # values, each of a run of its own

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_BLANK', 'log', 'ConfigError', 'RowError', 'first_line', 'read_bytes', 'read_json', 'unique_keys',
            'parse_line', 'try_jsonl', 'read_jsonl', 'write_file', 'plain', 'write_json', 'remove_leftovers',
-           'sync_path', 'new_folder', 'flat_settings', 'CannotSave', 'saving']
+           'sync_path', 'new_folder', 'cache_folder', 'flat_settings', 'CannotSave', 'saving']
 
 # %% ../../nbs/00_core/01_files.ipynb #a2ce90ab
 import gzip, json, logging, math, os, re, shutil, tempfile, zlib
@@ -225,6 +225,12 @@ def new_folder(folder:Path):
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+# %% ../../nbs/00_core/01_files.ipynb #5ddba191
+def cache_folder() -> Path: # $RLHF_FLANT5_CACHE, else $XDG_CACHE_HOME/rlhf_flant5, else ~/.cache/rlhf_flant5
+    "Where states of frozen transformers are kept, under `states/`, and pretrained toys, under `toy/`."
+    if own := os.environ.get('RLHF_FLANT5_CACHE'): return Path(own).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'rlhf_flant5'
 
 # %% ../../nbs/00_core/01_files.ipynb #49317347
 def flat_settings(cfg:dict, prefix:str=''):

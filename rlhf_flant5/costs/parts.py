@@ -76,10 +76,11 @@ def bare_step(readout, config, o) -> dict: # what the readout adds
     "Seconds of a training micro-batch with a readout, and of the bare encoder."
     model = two_ways(readout, config)[1].to(o.device).train()
     encoder = Backbone(T5EncoderModel(config)).to(o.device)
-    batches = PairBatches(random_pairs(64, config.vocab_size), 0, 64, 4096, 1)
+    batches = PairBatches(random_pairs(64, config.vocab_size), 0, 64, 4096, 1, model.reads_answer)
     m = next(batches.steps(0)).micro_batches[2].to(o.device)
     def full(): pair_loss(model(**m.inputs)).sum().backward()
-    def bare(): encoder(**m.inputs, n_blocks=1).tokens[0].sum().backward()
+    whole = {k: m.inputs[k] for k in ('input_ids', 'attention_mask')}
+    def bare(): encoder(**whole, n_blocks=1).tokens[0].sum().backward()
 
     full()
     bare()
@@ -159,11 +160,12 @@ def together(config, pairs, o) -> list[dict]:
     encoder = without_decoder(both)
     a = accelerator(str(o.device), o.precision)
     b = PairBatches(pairs, 0, o.plain_step, o.budget or 4096, 103)
+    whole = [name for name in choices('model') if not readout_class(name).reads_answer]
     one = _shared_step(['layerwise_attention'], encoder, b, a, o)
     cases = {'layerwise attention, 3 seeds': (['layerwise_attention']*3, encoder),
              'both readouts of all tokens': (['layerwise_attention', 'full_attention_pooling'], encoder),
-             'all five readouts': (choices('model'), both),
-             'all five readouts, 3 seeds': (choices('model')*3, both)}
+             'all readouts of whole texts': (whole, both),
+             'all readouts of whole texts, 3 seeds': (whole*3, both)}
     steps = {runs: _shared_step(names, backbone, b, a, o) for runs, (names, backbone) in cases.items()}
     rows = []
     for runs, several in steps.items():

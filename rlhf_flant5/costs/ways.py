@@ -45,9 +45,22 @@ class _PlainBackbone(nn.Module):
         out = self.transformer(**inputs, decoder_input_ids=start, use_cache=False)
         return dict(encoder=out.encoder_hidden_states, decoder=out.decoder_hidden_states)
 
-    def forward(self, input_ids, attention_mask, n_blocks=0):
-        states = self._states(input_ids=input_ids, attention_mask=attention_mask,
-                              output_hidden_states=True)
+    def wake_decoder(self): pass
+
+    def _answer_states(self, ids, mask, n_prompt): # the decoder's, and each answer's last position
+        texts = [row[:n].tolist() for row, n in zip(ids, mask.sum(1))]
+        prompts = pad_ids([text[:n] + text[-1:] for text, n in zip(texts, n_prompt)], 0)
+        answers = pad_ids([[0] + text[n:-1] for text, n in zip(texts, n_prompt)], 0)
+        prompts, answers = ({k: v.to(ids.device) for k, v in part.items()} for part in (prompts, answers))
+        out = self.transformer(**prompts, **{f'decoder_{k}': v for k, v in answers.items()},
+                               output_hidden_states=True, use_cache=False)
+        last = answers['attention_mask'].sum(1) - 1
+        return dict(decoder=[h[torch.arange(len(h)), last][:, None] for h in out.decoder_hidden_states])
+
+    def read(self, input_ids, attention_mask, prompt_lengths=None, n_blocks=0):
+        if prompt_lengths is not None: states = self._answer_states(input_ids, attention_mask, prompt_lengths)
+        else:
+            states = self._states(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         def last_blocks(n): return [unit_rms(h) for h in states['encoder'][-n:]]
         def first_positions(stack, n):
             return torch.stack([unit_rms(h[:, 0]) for h in states[stack][-n:]], 1)
@@ -57,7 +70,7 @@ class _PlainBackbone(nn.Module):
 def plain_step(model, optimizer, batches:PairBatches, rows) -> float: # the loss
     "One step of the plain way."
     device = next(model.parameters()).device
-    def rewards(texts):
+    def rewards(texts): # of one side, as token ids
         padded = pad_ids([texts[i] for i in rows], batches.pad_id)
         return model.train()(**{k: v.to(device) for k, v in padded.items()})
 
@@ -179,7 +192,7 @@ def summary(self:Way,
 def plain_way(readout, config, pairs, o) -> Way: # o: options
     model = two_ways(readout, config)[0].to(o.device)
     opt, n = adam(model), o.plain_step
-    b = PairBatches(pairs, 0, n, 1, 103)
+    b = PairBatches(pairs, 0, n, 1, 103, model.reads_answer)
     order = epoch_order(len(b), 103, 0)
     def step(i): return plain_step(model, opt, b, order[i*n:(i + 1)*n])
     return Way('plain', model, b, step, o.device)
@@ -197,7 +210,7 @@ def trained_way(name, model, b:PairBatches, a, device) -> Way: # a: the accelera
 def our_way(readout, config, pairs, o, **backbone) -> Way:
     model = two_ways(readout, config, **backbone)[1].to(o.device)
     a = accelerator(str(o.device), o.precision)
-    b = PairBatches(pairs, 0, o.step, 1, 103)
+    b = PairBatches(pairs, 0, o.step, 1, 103, model.reads_answer)
     with a.autocast():
         longest = b.micro_batch([int(b.lengths.argmax())])
         b = b.with_budget(o.budget or find_token_budget(model, longest, o.device))

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
-from .tokens import token_ids
+from .tokens import token_ids, TokenIds
 
 # %% ../../nbs/10_data/14_batches.ipynb #e82ad810
 def epoch_order(n:int, seed:int, epoch:int) -> np.ndarray:
@@ -57,15 +57,14 @@ class MicroBatch:
 
 # %% ../../nbs/10_data/14_batches.ipynb #62e28716
 def pad_ids(ids:Sequence[list[int]],   # of each text
-            pad_id:int,
-            prompts:bool=False         # with the lengths of the texts' prompts
-           ) -> dict[str, torch.Tensor]: # input_ids and attention_mask, (N, L); prompt_lengths, (N,)
+            pad_id:int
+           ) -> dict[str, torch.Tensor]: # input_ids and attention_mask, (N, L); of `TokenIds` prompt_lengths too, (N,)
     "Token ids as one rectangle, padded on the right, with the mask of what is real."
     tokens = [torch.as_tensor(x) for x in ids]
     real = [torch.ones_like(t) for t in tokens]
     def pad(rows, value): return pad_sequence(rows, batch_first=True, padding_value=value)
     batch = dict(input_ids=pad(tokens, pad_id), attention_mask=pad(real, 0))
-    if prompts: batch['prompt_lengths'] = torch.tensor([x.n_prompt for x in ids])
+    if isinstance(ids[0], TokenIds): batch['prompt_lengths'] = torch.tensor([x.n_prompt for x in ids])
     return batch
 
 # %% ../../nbs/10_data/14_batches.ipynb #a76a9da7
@@ -142,7 +141,7 @@ class PairBatches(Batches):
 
     def micro_batch(self, rows) -> MicroBatch:
         ids = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
-        inputs = pad_ids(ids, self.pad_id, self.prompts)
+        inputs = pad_ids(ids, self.pad_id)
         n_tokens = sum(map(len, ids))
         return MicroBatch(inputs, rows, n_tokens, inputs['input_ids'].numel())
 

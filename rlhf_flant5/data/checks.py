@@ -21,8 +21,8 @@ from .duplicates import measure, near_equal
 from .formats import BadRow, RowReader
 from .pairs import turns
 from .reading import parts_of_run
-from .tokens import encode, load_tokenizer
-from .toy import toy_tokenizer
+from .tokens import encode
+from .toy import tokenizer_of
 
 # %% ../../nbs/10_data/19a_checks.ipynb #3a136bd6
 def _rows_of_run(cfg): # yields (place, subset, split, row or `ConfigError`)
@@ -95,9 +95,8 @@ def _bad_row(place, subset, split, e): return BadRow(place, subset, split, getat
 
 def gather(cfg) -> tuple[pd.DataFrame, list[BadRow]]: # a row for each good pair; the bad ones
     "Read all that a run would read, a thousand rows at a time. Raises `ConfigError` for files that are not there."
-    name = cfg.model.transformer_name
-    tokenizer = toy_tokenizer() if name == 'toy' else load_tokenizer(name)
-    special = re.compile('|'.join(map(re.escape, tokenizer.all_special_tokens)), re.I)
+    tokenizer = tokenizer_of(cfg.model.transformer_name)
+    special = re.compile('|'.join(re.escape(token) for token in tokenizer.all_special_tokens), re.I)
     facts, bad = [], []
     thousands = chunked(_rows_of_run(cfg), 1000)
     for rows in tqdm(thousands, unit=' thousand pairs', leave=False, disable=None):   # None: shown on a terminal only

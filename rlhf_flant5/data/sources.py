@@ -180,12 +180,19 @@ def needed(self:Source, split:str, subsets:list[str]|None=None) -> list[Part]:
     "The parts of a split that must be there. Raises `ConfigError` saying what is there instead."
     if found := self.parts(split, subsets): return found
     word = _spellings(split, self.names)[0]
-    there = ', '.join(self.place if isinstance(self.place, Mapping) else _holds(self.place)) or 'none'
+    if isinstance(self.place, Mapping): self._refuse_tables(split, word)
+    there = ', '.join(_holds(self.place)) or 'none'
     of = f' of {", ".join(subsets)}' if subsets else ''
     remedy = f'pairs are read from {_KINDS}'
     if self.key: remedy = f'set data.splits.{split} to the name that the split has'
     raise ConfigError(f'{self.where}: no {word} file{of}, such as {word}.jsonl.gz '
                       f'or <subset>/{word}.jsonl.gz; there are {there}; {remedy}')
+
+@patch
+def _refuse_tables(self:Source, split, word): # {split: table}
+    there = ', '.join(map(str, self.place)) or 'none'
+    remedy = '' if self.name == 'toy' else f'; set data.splits.{split} to the key that it has there'
+    raise ConfigError(f'{self.where}: no {word} among the splits {there}{remedy}')
 
 def _holds(folder): # the first files of pairs
     paths = [*folder.glob('*'), *folder.glob('*/*')]

@@ -66,13 +66,12 @@ def _cost(name, size, n_tokens):
     "Parameters and forward operations of one readout."
     cls = readout_class(name)
     t5 = T5Model if cls.reads_decoder else T5EncoderModel
-    with torch.device('meta'): model = cls(Backbone(t5(flan_t5_config(size)), reads_answers=cls.reads_answer)).eval()
+    with torch.device('meta'): model = cls(Backbone(t5(flan_t5_config(size)))).eval()
     n_backbone, n_readout = (sum(p.numel() for p in ps)
                              for ps in (model.backbone.parameters(), model.readout_parameters()))
     model = model.to_empty(device='cpu')      # memory without values: operations don't depend on them
     ids = torch.full((1, n_tokens), 5)
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if cls.reads_answer: batch['prompt_lengths'] = torch.tensor([2*n_tokens//3])
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_lengths=torch.tensor([2*n_tokens//3]))
     with torch.no_grad():
         with FlopCounterMode(display=False) as bare: states = model.states(**batch)
         with FlopCounterMode(display=False) as own: model.readout(model.features(states))

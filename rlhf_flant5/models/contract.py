@@ -107,7 +107,10 @@ def _gradients(model, batch, plain, **_):
     parameters = _trained(model)
     grad = lambda rewards: torch.autograd.grad(pair_loss(rewards).mean(), parameters, materialize_grads=True)
     ours = grad(model(**batch))
-    one_by_one = [plain(model, text['input_ids'][0], *text.get('prompt_lengths', [])) for text in _alone(batch)]
+    def plainly(text): # of one
+        ids, n_prompt = text['input_ids'][0], text['prompt_lengths'][0]
+        return plain(model, ids, n_prompt) if model.reads_answer else plain(model, ids)
+    one_by_one = [plainly(text) for text in _alone(batch)]
     theirs = grad(torch.stack(one_by_one))
     off = [((a - b).norm() / b.norm().clamp(min=1e-6)).item() for a, b in zip(ours, theirs)]
     if not max(off) <= 1e-4: raise AssertionError(f'relative difference {max(off):.2g}')
@@ -154,7 +157,7 @@ def check_reward_model(model:RewardModel,      # just made, on the CPU
                        texts:list[str]         # chosen texts, then the rejected ones of the same pairs
                       ):
     "Print what each check of the contract measured. Raises `AssertionError` at the first that fails."
-    batch = pad_ids(encode(tokenizer, texts), tokenizer.pad_token_id, model.reads_answer)
+    batch = pad_ids(encode(tokenizer, texts), tokenizer.pad_token_id)
     given = dict(batch=batch, tokenizer=tokenizer, plain=plain)
     for name, check in _CHECKS.items():
         try: print(f'{name:32} {check(model=model, **given)}')
@@ -173,7 +176,7 @@ def short_run(model:RewardModel,
     for step in range(n_steps):
         rows = [(step*batch_size + i) % len(pairs) for i in range(batch_size)]
         some = pairs[rows]
-        batch = pad_ids(encode(tokenizer, some['chosen'] + some['rejected']), tokenizer.pad_token_id, model.reads_answer)
+        batch = pad_ids(encode(tokenizer, some['chosen'] + some['rejected']), tokenizer.pad_token_id)
         loss = pair_loss(model.train()(**batch)).mean()
         opt.zero_grad()
         loss.backward()

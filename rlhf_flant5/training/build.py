@@ -17,14 +17,16 @@ from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from transformers import T5EncoderModel, T5Model
 from ..backbone.t5 import Backbone, load_flan_t5
+from ..backbone.toy_flan import toy_flan_t5
 from ..config.names import choices
 from ..core.files import ConfigError, first_line
 from ..core.machine import best_device, choose_precision, precision_name, set_seed
 from ..core.processes import n_processes, named_processes, on_first, rank
 from ..data.batches import PairBatches
+from ..data.pairs import split_validation
 from ..data.reading import read_splits
-from ..data.tokens import load_tokenizer, prepare_splits
-from ..data.toy import best_reachable_accuracy, toy_tokenizer, toy_transformer
+from ..data.tokens import prepare_splits
+from ..data.toy import best_reachable_accuracy, tokenizer_of, TOY_TRANSFORMERS, toy_transformer
 from ..models.base import readout_name, RewardModel
 from .budget import find_token_budget
 from .checkpoint import save_weights
@@ -33,6 +35,17 @@ from .states import FeatureBatches, keep_states, kept_features, without_decoder
 # %% ../../nbs/50_training/59c_build.ipynb #35623dd8
 log = logging.getLogger('rlhf_flant5.training.build')
 
+# %% ../../nbs/50_training/59c_build.ipynb #748e4642
+def _with_test(raw, d): # {split: pairs}, the `data` settings
+    "Tables with test pairs, drawn from the training pairs if there are none."
+    if raw.keys() - {'train', 'validation'}: return raw
+    # subtle: settings have smaller seeds, so no validation split is drawn like this
+    train, test = split_validation(raw['train'], d.val_fraction, d.seed + 2**32)
+    if len(train) and len(test): return raw | dict(train=train, test=test)
+    raise ConfigError(f'pairs: {len(raw["train"])}, of too few conversations to keep '
+                      f'data.val_fraction={d.val_fraction} of them apart as test pairs; '
+                      "give more, or {'train': …, 'test': …}")
+
 # %% ../../nbs/50_training/59c_build.ipynb #3cc783da
 def load_data(cfg, # the whole configuration
               counts, # gets what was read, dropped and used
@@ -40,21 +53,22 @@ def load_data(cfg, # the whole configuration
               readings:dict|None=None # gets the `Reading` of each split
              ): # (tokenizer, {train, validation, test, …}: tokenized pairs, best reachable accuracy on test or None)
     "Read, check, split and tokenize the pairs. Raises `ConfigError`."
-    transformer, found = cfg.model.transformer_name, read_splits(cfg.data, counts, given)
+    found, tokenizer = read_splits(cfg.data, counts, given), tokenizer_of(cfg.model.transformer_name)
     if readings is not None: readings.update(found)
     raw = {split: reading.pairs for split, reading in found.items()}
-    tokenizer = toy_tokenizer() if transformer == 'toy' else load_tokenizer(transformer)
+    if given is not None: raw = _with_test(raw, cfg.data)
     splits = prepare_splits(raw, tokenizer, cfg.data, cfg.training.loop.n_val_data, counts)
-    is_toy = given is None and cfg.data.name == 'toy' and 'test' not in cfg.data.tests
-    best = best_reachable_accuracy(splits['test']) if is_toy else None
+    of_toy_world = 'test' in splits and 'gold_chosen' in splits['test'].column_names
+    best = best_reachable_accuracy(splits['test']) if of_toy_world else None
     return tokenizer, splits, best
 
 # %% ../../nbs/50_training/59c_build.ipynb #545c6a51
 def _load_transformer(name, decoder, dropout):
     "A T5 by name, or the toy world's, with the decoder or without."
-    if name != 'toy': return load_flan_t5(name, decoder, dropout)
+    if name not in TOY_TRANSFORMERS: return load_flan_t5(name, decoder, dropout)
     changes = {} if dropout is None else dict(dropout_rate=dropout)
-    return toy_transformer(cls=T5Model if decoder else T5EncoderModel, **changes)
+    make = toy_flan_t5 if name == 'toy' else toy_transformer
+    return make(cls=T5Model if decoder else T5EncoderModel, **changes)
 
 # %% ../../nbs/50_training/59c_build.ipynb #dd0011b3
 def model_class(cfg) -> type[RewardModel]: # of the `model` settings
@@ -75,13 +89,12 @@ _backbone_keys = ('_target_', 'transformer_name', 'train_transformer', 'use_pret
                   'dropout', 'gradient_checkpointing', 'attention', 'lora', 'start_from')
 
 def build_backbone(cfg, # the `model` settings
-                   decoder:bool, # with its decoder
-                   reads_answers:bool=False # the decoder reads answers, not its start token alone
+                   decoder:bool # with its decoder
                   ) -> Backbone:
     "The transformer, frozen or to be trained. Raises `ConfigError`."
     t5 = _load_transformer(cfg.transformer_name, decoder, cfg.dropout)
     lora = cast(dict, OmegaConf.to_container(cfg.lora))
-    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention, reads_answers)
+    return Backbone(t5, cfg.train_transformer, cfg.gradient_checkpointing, lora, cfg.attention)
 
 # %% ../../nbs/50_training/59c_build.ipynb #b9d4447c
 def build_model(cfg,     # the `model` settings
@@ -93,7 +106,7 @@ def build_model(cfg,     # the `model` settings
     set_seed(seed)
     if backbone is None:
         both_stacks = cls.reads_decoder or keeps_states(cfg)      # kept states are those of both
-        backbone = build_backbone(cfg, both_stacks, cls.reads_answer)
+        backbone = build_backbone(cfg, both_stacks)
     set_seed(seed)    # a readout begins the same whatever its backbone has drawn
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg))
     own = {k: v for k, v in settings.items() if k not in _backbone_keys}

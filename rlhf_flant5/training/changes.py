@@ -12,7 +12,7 @@ from ..core.trust import parse_yaml
 
 # %% ../../nbs/50_training/52_changes.ipynb #64d6f13a
 FREE_TO_CHANGE = (r'resume|use_multi_gpu_if_available|device_name|distributed\..*|sim_man\..*'
-                  r'|training\.loop\.n_checkpoints|training\.loop\.intervals\.progress_logging\..*')
+                  r'|training\.trackers|training\.loop\.n_checkpoints|training\.loop\.intervals\.progress_logging\..*')
 
 def settings_of(config_yaml:str) -> dict: # dotted key -> value
     return dict(flat_settings(parse_yaml(config_yaml, 'config.yaml')))

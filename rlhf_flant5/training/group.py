@@ -24,7 +24,8 @@ from .loop import TrainingLoop
 from .origin import check_origin, note_machine
 from .runs import Run
 from .together import make_loop, prepare
-from .trackers import History, TensorBoard
+from .services import open_service
+from .trackers import History, TensorBoard, Tracker
 
 # %% ../../nbs/50_training/59i_group.ipynb #9579a71f
 log = logging.getLogger('rlhf_flant5.training.group')
@@ -106,10 +107,18 @@ def note_sources(runs, data:Data, device):
     log.info(counts_line(data.counts))
 
 # %% ../../nbs/50_training/59i_group.ipynb #84cbf783
-def _make_trackers(run:Run) -> list: # in the first process
-    "TensorBoard and a file of JSON lines."
-    if not is_first(): return []
-    return [TensorBoard(run.simulation/'tensorboard'), History(run.results/'history.jsonl')]
+def _tracker(name, cfg, run) -> Tracker:
+    if name == 'tensorboard': return TensorBoard(run.simulation/'tensorboard')
+    return open_service(name, run, cfg)
+
+def _make_trackers(cfg, run:Run) -> list[Tracker]: # none but in the first process
+    "A file of JSON lines, and those that the settings name. Raises `ConfigError` for one that does not start."
+    made:list[Tracker] = [History(run.results/'history.jsonl')]
+    # TensorBoard last: a run that ends here has made no file, so its folder goes
+    names = sorted(cfg.training.trackers, key=lambda name: name == 'tensorboard')
+    def make(): made.extend(_tracker(name, cfg, run) for name in names)
+    on_first(make)
+    return made if is_first() else []
 
 def _make_saver(cfg, data:Data) -> Saver:
     "How a model is saved: with its tokenizer, and what it was trained on."
@@ -123,7 +132,7 @@ def build_group(cfgs, runs, data:Data, accelerator) -> Group:
     saver, members = _make_saver(cfgs[0], data), []
     for cfg, run, model in zip(cfgs, runs, models):
         if run.done: continue
-        loop = make_loop(cfg, run, model, batches, accelerator, saver, _make_trackers(run))
+        loop = make_loop(cfg, run, model, batches, accelerator, saver, _make_trackers(cfg, run))
         members.append(Member(cfg, run, model, loop))
     if len(members) > 1:
         for m in members: m.loop.name = f'{m.cfg.desc}: '

@@ -86,7 +86,7 @@ def _section(heading:str, text:str) -> str: # Markdown
 
 # %% ../../nbs/50_training/59f_origin.ipynb #3a0ebc36
 def write_origin_page(cfg, run:Run, loop, counts):
-    "TensorBoard's page on a run that begins: command, commit, pairs, settings. One that goes on has it already."
+    "The page on a run that begins, in TensorBoard: command, commit, pairs, settings. One that goes on has it already."
     if loop.state.n_batches: return
     source = run.provenance['source']
     changed = ' with changes that are not committed' if source['dirty'] else ''
@@ -94,7 +94,8 @@ def write_origin_page(cfg, run:Run, loop, counts):
                  code=f'rlhf_flant5 {source["version"]}, commit {source["commit"] or "unknown"}{changed}',
                  pairs=counts_line(counts).replace('; ', '\n'),
                  settings=OmegaConf.to_yaml(cfg))
-    loop.trackers[0].text('run', '\n'.join(_section(name, text) for name, text in parts.items()))
+    page = '\n'.join(_section(name, text) for name, text in parts.items())
+    for tracker in loop.trackers: tracker.text('run', page)
 
 # %% ../../nbs/50_training/59f_origin.ipynb #654e4214
 _SORTED_BY = (r'seed|data\.(name|n_train_data)|model\.(transformer_name|train_transformer|dropout|lora\.r)'
@@ -121,20 +122,21 @@ def _pairs_page(rows:list[dict], pairs) -> str: # Markdown
     return '\n'.join(page)
 
 # %% ../../nbs/50_training/59f_origin.ipynb #330df3e5
-def _final_scalars(name, scores): return as_scalars(name, scores) | {f'{name}/calibration_error': scores['calibration_error']}
+def _final_scalars(name, scores):
+    return as_scalars(name, scores) | {f'{name}/calibration_error': scores['calibration_error']}
 
 def write_result_page(cfg, run:Run, loop, splits, scores:dict):
-    "TensorBoard's test scores, row in the table of settings, and five validation pairs with their rewards."
-    board, n = loop.trackers[0], loop.state.best_batch
+    "The trackers' test scores; in TensorBoard the run's row in the table of settings, and five pairs with their rewards."
     last = 'test' if 'test' in scores else 'validation'
     found = _final_scalars(last, scores[last])
     in_table = {k: found.pop(k) for k in (f'{last}/accuracy', f'{last}/loss')}
-    board.result(_table_settings(cfg), in_table, n)
-    board(n, found)
-    for name, s in scores.get('tests', {}).items(): board(n, _final_scalars(f'tests/{name}', s))
+    for name, s in scores.get('tests', {}).items(): found |= _final_scalars(f'tests/{name}', s)
     with open(run.results/'validation_pairs.jsonl', encoding='utf-8') as f:
         rows = [json.loads(line) for line in itertools.islice(f, 5)]
-    board.text('validation_pairs', _pairs_page(rows, splits['validation']))
+    page = _pairs_page(rows, splits['validation'])
+    for tracker in loop.trackers:
+        tracker.result(_table_settings(cfg), in_table, found, loop.state.best_batch)
+        tracker.text('validation_pairs', page)
 
 # %% ../../nbs/50_training/59f_origin.ipynb #978283cb
 def as_decided(cfg, run:Run): # the configuration with what `auto` decided when the run began

@@ -89,13 +89,17 @@ def put_scores(summary:dict, split:str, scores:dict):
     place = summary if split in _JUDGED_BY else summary.setdefault('tests', {})
     place[split] = scores
 
+def _scale(chosen, rejected): # of the validation pairs: {temperature, reward_mean}
+    mean = np.mean([chosen, rejected], dtype=np.float64)             # a zero, for ensembles
+    return dict(temperature=fit_temperature(margins(chosen, rejected)), reward_mean=float(mean))
+
 def _write_rewards(run, split, pairs, chosen, rejected):
     write_pair_table(rewarded(pairs, chosen, rejected), run.results/f'{split}_pairs.jsonl')
 
 # %% ../../nbs/50_training/59e_scores.ipynb #102ae13a
 def final_scores(runs, loops, batches, splits, shared_pass
-                ) -> list[dict]: # of each run {baselines, validation, temperature, test, tests: {name: scores}}
-    """Score the best models on all splits but `train`, with a temperature from validation;
+                ) -> list[dict]: # of each run {baselines, validation, temperature, reward_mean, test, tests: {name: …}}
+    """Score the best models on all splits but `train`, with temperature and mean reward from validation;
     a row for each pair in `results/`."""
     for l in loops: l.load_best()
     log.info('scores of the best model, in float32 as `score` computes them:')
@@ -109,7 +113,7 @@ def final_scores(runs, loops, batches, splits, shared_pass
             found = pair_scores(chosen, rejected, batches[split].subsets, clusters=keys[split])
             found['calibration_error'] = calibration_error(chosen, rejected)
             put_scores(own, split, found)
-            if split == 'validation': own['temperature'] = fit_temperature(margins(chosen, rejected))
+            if split == 'validation': own.update(_scale(chosen, rejected))
             if is_first(): _write_rewards(run, split, splits[split], chosen, rejected)
             _log_scores(l, split, found)
     _log_rules(rules, last)

@@ -65,9 +65,10 @@ def final_lines(s:dict) -> str: # of a summary
     # a run of an earlier version says less
     if 'seconds_in_all' in s: clock += f' of {s["seconds_in_all"]:.0f} s in all'
     if s.get('stopped_early'): clock += f', stopped early after batch {s["n_batches"]:,}'
+    board = folder/"simulation"/"tensorboard"
+    watch = f"\n    TensorBoard  tensorboard --logdir '{board}'" if board.exists() else ''
     return f'''{s["readout"]}, seed {s["seed"]}: {scores}; {clock}
-    model        {folder/"simulation"/"best_model"}
-    TensorBoard  tensorboard --logdir '{folder/"simulation"/"tensorboard"}'
+    model        {folder/"simulation"/"best_model"}{watch}
     closed       data, log and models are read-only now; to remove it: rm -rf {shlex.quote(str(folder))}'''
 
 # %% ../../nbs/50_training/59h_terminal.ipynb #50e7b057

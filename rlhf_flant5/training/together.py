@@ -54,7 +54,7 @@ def _models_over_one(cfgs, device): # (models, their shared pass)
     if len({*reads_answer}) > 1:
         raise ConfigError('model=[…]: some of these readouts take a text whole, some cut it into prompt and answer, '
                           'and one pass can\'t serve both; train them one after the other with -m')
-    backbone = first_then_all(lambda: build_backbone(cfgs[0].model, any(reads_decoder), reads_answer[0])).to(device)
+    backbone = first_then_all(lambda: build_backbone(cfgs[0].model, any(reads_decoder))).to(device)
     encoder = without_decoder(backbone) if backbone.has_decoder else backbone
     models = [build_model(c.model, c.seed, backbone if d else encoder) for c, d in zip(cfgs, reads_decoder)]
     return models, SharedPass(backbone, models)

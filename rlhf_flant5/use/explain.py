@@ -20,7 +20,7 @@ from ..core.figures import figure
 from ..data.dialogue import dialogue
 from ..models.anatomy import answer_attention, first_position_attention
 from ..models.pooling import WeightedPooling
-from .scorer import RewardModel
+from .ensemble import RewardModel
 
 # %% ../../nbs/60_use/62_explain.ipynb #576debe5
 def _gauss_legendre(n, x): # places in (0, 1) and their weights, (n, 1, ...) to go with x
@@ -52,10 +52,8 @@ def integrated_gradients(f,                  # (M, ...) -> (M,)
     return effects, moved, gap
 
 # %% ../../nbs/60_use/62_explain.ipynb #97bdd497
-def _batch(model, ids, n_prompt): # texts of one length and one prompt, (M, L)
-    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if model.reads_answer: batch['prompt_lengths'] = ids.new_full((len(ids),), n_prompt)
-    return batch
+def _batch(ids, n_prompt): # texts of one length and one prompt, (M, L)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_lengths=ids.new_full((len(ids),), n_prompt))
 
 def _embed_instead(model, x, n_prompt): # a hook that puts embeddings in the place of the text's, or of its answer's
     t5 = model.backbone.transformer
@@ -72,7 +70,7 @@ def _embed_instead(model, x, n_prompt): # a hook that puts embeddings in the pla
 
 def _rewards_of_embeddings(model, ids, n_prompt, x): # of texts of one length and one prompt, (M, L, D) -> (M,)
     hook = _embed_instead(model, x, n_prompt)
-    try: return model(**_batch(model, ids.expand(len(x), -1), n_prompt))
+    try: return model(**_batch(ids.expand(len(x), -1), n_prompt))
     finally: hook.remove()
 
 def _block_states(features): # of one text, a row a block
@@ -183,7 +181,7 @@ def explain(self:RewardModel,
     embed = self.backbone.transformer.encoder.embed_tokens
     with _open_to_gradients(self):
         with torch.no_grad():
-            features, blank_features = (self.features(self.states(**_batch(self, t[None], n_prompt)))
+            features, blank_features = (self.features(self.states(**_batch(t[None], n_prompt)))
                                         for t in (ids, blank))
             blank_reward = self(features=blank_features).item()
         by_token, moved, token_gap = integrated_gradients(

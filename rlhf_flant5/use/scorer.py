@@ -96,7 +96,7 @@ def _cut_by_prompt(texts, budget): # rows of each batch, answers to one prompt t
 def _reward_batches(model, texts, device, budget): # (rows, their rewards), a batch at a time
     cuts = _cut_by_prompt(texts, budget) if model.reads_answer else _cut_by_length(texts, budget)
     for rows in cuts:
-        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id, model.reads_answer)
+        batch = pad_ids([texts[i] for i in rows], model.tokenizer.pad_token_id)
         batch = {k: v.to(device) for k, v in batch.items()}
         yield rows, model(**batch).cpu().numpy()
 
@@ -226,11 +226,13 @@ def compare(self:RewardModel,
             prompt=None, # a plain question, a dialogue or messages; or a list of them, one for each response
             a=None,      # a response; or a list of them
             b=None,      # the same, as many
+            *, abstain:float=0, # NaN where the margin is less than so many temperatures, that is, log-odds
             **kwargs     # of `score`
            ) -> np.ndarray|float: # (n,); a float for single ones
     """The probability that the response `a` is preferred to `b`. Raises `ConfigError` as `score` does.
 
     compare(prompt, a, b), or compare(a, b): then each is a dialogue, a pair (prompt, response), or a list of them."""
+    if not abstain >= 0: raise ConfigError(f'abstain={abstain}: must be a margin, 0 or more')
     if prompt is None or b is None: a, b = (x for x in (prompt, a, b) if x is not None)
     else: a, b = _with_prompt(prompt, a), _with_prompt(prompt, b)
     single = _one(a) or _pair(a)
@@ -239,7 +241,8 @@ def compare(self:RewardModel,
     _same_prompts(a, b)
     texts = [dialogue(*x) if _pair(x) else x for x in a + b]
     rewards = self.score(texts, **kwargs).astype(np.float64)
-    p = expit((rewards[:len(a)] - rewards[len(a):])/self.temperature)
+    margins = (rewards[:len(a)] - rewards[len(a):])/self.temperature
+    p = np.where(np.abs(margins) < abstain, np.nan, expit(margins))
     return float(p[0]) if single else p
 
 # %% ../../nbs/60_use/61_scorer.ipynb #46ca1a99
