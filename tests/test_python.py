@@ -67,8 +67,20 @@ def test_test_pairs_of_their_own(results, table):
     apart = dict(train=table.head(200), test=table.tail(100))
     result = train(apart, epochs=1, name='mine', **own | dict(n_test_data=0))
     assert (result.summary['data_name'], result.scores['test']['n']) == ('mine', 100)
-    assert not {*result.scores} - {'validation', 'test'}
     with pytest.raises(ConfigError, match='no train among the splits training'): train(dict(training=table), **own)
+
+
+def test_settings_of_files_hold_for_tables(results, table, tmp_path):
+    named = table.rename(columns=dict(chosen='better', rejected='worse'))
+    named.loc[3, 'worse'] = None
+    hard = tmp_path/'hard.csv'
+    table.tail(40)[['chosen', 'rejected']].to_csv(hard, index=False)
+    columns = dict(chosen='better', rejected='worse')
+    result = train(named.head(200), epochs=1, columns=columns, bad_rows='drop', tests=dict(hard=str(hard)), **own)
+    assert [*result.scores] == ['validation', 'hard'] and 'hard: ' in repr(result)
+    bad, = (result.folder/'data'/'bad_rows.jsonl').read_text().splitlines()
+    assert json.loads(bad)['place'] == 'row:3'
+    assert len(result.model.score(table.chosen.head(2).tolist())) == 2
 
 
 def test_without_a_place_results_stand_in_the_working_directory(tmp_path, monkeypatch, table):

@@ -37,7 +37,7 @@ def _check_alike(first, other, name, of): # of: the first one's name
                           'weights are averaged over models that differ in their seeds alone')
 
 # %% ../../nbs/60_use/61b_average.ipynb #99b7c583
-_OF_ONE_MODEL = 'temperature', 'reward_mean', 'test', 'validation', 'calibration_error', 'baselines', 'batch'
+_OF_ONE_MODEL = 'temperature', 'reward_mean', 'test', 'tests', 'validation', 'calibration_error', 'baselines', 'batch'
 
 def average(names:Sequence[str|Path],   # folders of models or of runs, two at least
             device:str|None=None        # None: the best there is
