@@ -30,7 +30,7 @@ def test_first_lines(results, capsys):
     lines, s = err.splitlines(), summary(results, 'a')
     trained, n = s['n_trained_parameters'], s['n_parameters']
     assert lines[0] == f'run {run(results, "a")}'
-    opening = [f'decoder_output on toy, trained: {trained:,} of {n:,} parameters trained ({trained/n:.2%})',
+    opening = [f'decoder_output on toy-random, trained: {trained:,} of {n:,} parameters trained ({trained/n:.2%})',
                'on cpu in bf16',
                'pairs: 134 to train on, 40 for validation, 60 to test on',
                '9 batches of 16 pairs an epoch, 27 in all (3 epochs); validations: 2, checkpoints: 2',

@@ -9,7 +9,6 @@ __all__ = ['log', 'check_trackers', 'Service', 'open_service']
 import json, logging, os, re, secrets, sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from importlib import import_module
 from importlib.util import find_spec
 from typing import cast
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
@@ -72,7 +71,7 @@ def _wandb(run, settings, id): # arguments of Accelerate's tracker; `id`: None f
     return own | dict(name=run.dir.name, dir=folder, reinit='create_new')
 
 def _mlflow(run, settings, id):
-    mlflow = import_module('mlflow')
+    import mlflow    # ty: ignore[import-not-found]  one of the extra's packages
     named = mlflow.is_tracking_uri_set() and not mlflow.get_tracking_uri().endswith(_DATABASE)
     if not named: mlflow.set_tracking_uri(f'sqlite:///{run.dir.parent.parent/_DATABASE}')
     return dict(run_id=id) if id else dict(run_name=run.dir.name)

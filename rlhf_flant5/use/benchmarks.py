@@ -34,7 +34,7 @@ def _ends(ids, table, most, too_long): # which prompts are scored; the tokens of
     if not keep.any():
         raise ConfigError(f'no prompt is left of {len(ids):,}, all have an answer of more than {most:,} tokens; '
                           'take --too-long truncate_left')
-    return keep, [[answer[-most:] for answer in ids[k]] for k in np.flatnonzero(keep)]
+    return keep, [[answer.end(most) for answer in ids[k]] for k in np.flatnonzero(keep)]
 
 def _cut(flat, sizes): # into pieces of these sizes
     rest = iter(flat)

@@ -7,6 +7,7 @@ __all__ = ['COMBINE', 'Ensemble', 'RewardModel']
 
 # %% ../../nbs/60_use/61a_ensemble.ipynb #50ec9aba
 import copy, math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class Ensemble(nn.Module):
         if not 0 <= sd_weight < math.inf: raise ConfigError(f'sd_weight={sd_weight}: must be 0 or more, and finite')
         _check_members(members)
         _share_backbones(members)
+        self.reads_answer = any(m.reads_answer for m in members)
         self.members, self.combine, self.sd_weight = nn.ModuleList(members), combine, sd_weight
         self.tokenizer, self.config = members[0].tokenizer, _joint_config(members)
         self.temperatures:list = [m.temperature for m in members]
@@ -111,22 +113,26 @@ class Ensemble(nn.Module):
 
 # %% ../../nbs/60_use/61a_ensemble.ipynb #dd7fdb95
 @patch
-def member_rewards(self:Ensemble, input_ids, attention_mask) -> torch.Tensor: # (members, texts), float64
+def member_rewards(self:Ensemble, input_ids, attention_mask, prompt_lengths=None) -> torch.Tensor: # (members, texts), float64
     "Each member's own rewards of a batch."
     rewards:list = [None]*len(self.members)
-    for backbone in {id(m.backbone): m.backbone for m in self.members}.values():
-        readers = [(k, m) for k, m in enumerate(self.members) if m.backbone is backbone]
-        states = backbone(input_ids, attention_mask, max(m.n_token_blocks for _, m in readers))
-        for k, m in readers: rewards[k] = m(states=states).cpu().double()
+    passes = defaultdict(list)             # (backbone, whether it reads answers) -> numbers of its members
+    for k, m in enumerate(self.members): passes[m.backbone, m.reads_answer].append(k)
+    for (backbone, reads_answer), readers in passes.items():
+        n_blocks = max(self.members[k].n_token_blocks for k in readers)
+        lengths = prompt_lengths if reads_answer else None
+        states = backbone.read(input_ids, attention_mask, lengths, n_blocks)
+        for k in readers: rewards[k] = self.members[k](states=states).cpu().double()
     return torch.stack(rewards)
 
 # %% ../../nbs/60_use/61a_ensemble.ipynb #7b56f40c
 @patch
 def forward(self:Ensemble,
             input_ids:torch.Tensor,       # tokens, (N, L)
-            attention_mask:torch.Tensor   # 1 for real tokens, (N, L)
+            attention_mask:torch.Tensor,  # 1 for real tokens, (N, L)
+            prompt_lengths:torch.Tensor|None=None   # for members that read answers, (N,)
            ) -> torch.Tensor: # rewards, (N,); of the way `sd` the spread
-    own = self.member_rewards(input_ids, attention_mask)
+    own = self.member_rewards(input_ids, attention_mask, prompt_lengths)
     T = own.new_tensor(self.temperatures)[:, None]
     c = own.new_tensor([zero or 0. for zero in self.zeros])[:, None]
     combined = _WAYS[self.combine]((own - c)/T, self.sd_weight)
