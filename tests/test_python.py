@@ -74,7 +74,7 @@ def test_settings_of_files_hold_for_tables(results, table, tmp_path):
     named = table.rename(columns=dict(chosen='better', rejected='worse'))
     named.loc[3, 'worse'] = None
     hard = tmp_path/'hard.csv'
-    table.tail(40)[['chosen', 'rejected']].to_csv(hard, index=False)
+    named.tail(40)[['better', 'worse']].to_csv(hard, index=False)
     columns = dict(chosen='better', rejected='worse')
     result = train(named.head(200), epochs=1, columns=columns, bad_rows='drop', tests=dict(hard=str(hard)), **own)
     assert [*result.scores] == ['validation', 'hard'] and 'hard: ' in repr(result)
