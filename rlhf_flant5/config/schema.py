@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIG_DIR', 'TRACKERS', 'RULES', 'ColumnsConfig', 'SplitsConfig', 'DataConfig', 'LoraConfig', 'ModelConfig',
            'PooledModelConfig', 'FullPooledModelConfig', 'OptimizerConfig', 'IntervalConfig', 'IntervalsConfig',
-           'LoopConfig', 'TrainingConfig', 'DistributedConfig', 'SimManConfig', 'Config', 'meanings']
+           'LoopConfig', 'LossConfig', 'TrainingConfig', 'DistributedConfig', 'SimManConfig', 'Config', 'meanings']
 
 # %% ../../nbs/05_config/06_schema.ipynb #68aa85bf
 import re
@@ -26,6 +26,10 @@ class ColumnsConfig:
     prompt: Optional[str]      # of the column with the prompt, a text or messages
     chosen: Optional[str]      # of the column with the better answer, or the whole dialogue
     rejected: Optional[str]    # of the column with the worse answer, or the whole dialogue
+    margin: Optional[str]      # of the column that says by how much the chosen answer is better
+    weight: Optional[str]      # of the column that says how much a pair counts in the loss
+    p: Optional[str]           # of the column with the share of people who prefer the chosen answer
+    tie: Optional[str]         # of the column that is 1 where both are equally good
 
 @dataclass
 class SplitsConfig:
@@ -142,6 +146,14 @@ class LoopConfig:
 
 # %% ../../nbs/05_config/06_schema.ipynb #0054f3f7
 @dataclass
+class LossConfig:
+    "What Bradley and Terry's loss becomes (nbs/30_models/32a_losses.ipynb)."
+    label_smoothing: float             # share of the labels that are taken to be wrong
+    centering: float                   # how much the square of the rewards' sum counts
+    # pairs with tie=1: half, won by either with probability 1/2; rao_kupper, their own outcome with a learned threshold
+    ties: str
+
+@dataclass
 class TrainingConfig:
     # auto, fp32 or bf16, of training and the validations on the way; final scores are always fp32
     precision: str
@@ -150,6 +162,7 @@ class TrainingConfig:
     compile: Any                       # true, false, or auto: if the run is long enough to earn the warm-up back
     # where a run can be watched: tensorboard, wandb, mlflow, trackio; results/history.jsonl is always written
     trackers: list[str]
+    loss: LossConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
 
@@ -223,6 +236,7 @@ def _or_null(fits): return lambda v: v is None or fits(v)
 def _is_name(v): return bool(v) and '\0' not in v
 def _is_between(v): return 0 < v < 1
 def _is_rate(v): return 0 <= v < 1
+def _is_smoothing(v): return 0 <= v < .5
 def _is_positive(v): return 0 < v < float('inf')
 def _is_penalty(v): return 0 <= v < float('inf')
 def _is_width(v): return 0 < v <= 65536
@@ -279,6 +293,9 @@ _interval = r'training\.loop\.intervals\.\w+\.'
 RULES |= {
     r'training\.compile': _one_of('auto', True, False),
     r'training\.trackers': (_are_trackers, f'a list of different names out of {", ".join(TRACKERS)}'),
+    r'training\.loss\.label_smoothing': (_is_smoothing, 'at least 0 and below 0.5'),
+    r'training\.loss\.centering': (_is_penalty, 'at least 0 and finite'),
+    r'training\.loss\.ties': _one_of('half', 'rao_kupper'),
     r'training\.token_budget': (_is_budget, 'auto or a whole number above 0'),
     r'training\.optimizer\.type': _one_of('Adam', 'AdamW'),
     r'training\.optimizer\.(init_lr|final_lr|max_grad_norm)': (_or_null(_is_positive), 'above 0 and finite'),

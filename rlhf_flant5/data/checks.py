@@ -44,11 +44,13 @@ def _rows_of_part(part, columns): # yields (place, pair or `ConfigError`)
     reader = RowReader(part.stem, part.subset, columns, part.named)
     head = '' if part.named else f'{part.subset}/'
     for n, place, row in part.rows():
-        if not isinstance(row, ConfigError):
-            try: row = reader.read(row, n, place)
-            except ConfigError as e: row = e
-        if isinstance(row, ConfigError): row = _without_path(row, place)
-        yield head + Path(place).name, row
+        for pair in _pairs_of(reader, row, n, place): yield head + Path(place).name, pair
+
+def _pairs_of(reader, row, n, place): # one, or several of ranked answers; or a `ConfigError`
+    try:
+        if isinstance(row, ConfigError): raise row
+        return reader.read(row, n, place)
+    except ConfigError as e: return [_without_path(e, place)]
 
 def _without_path(e, place): # the place stands beside the message
     path = place.rpartition(':')[0]

@@ -12,8 +12,10 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.files import ConfigError, RowError
 from .dialogue import dialogue
+from .labels import labelled
 from .layouts import FIELDS
 from .pairs import check_row, keys_of
+from .ranked import is_ranked, ranked_pairs
 
 # %% ../../nbs/10_data/16_formats.ipynb #3aaf1d95
 FORMATS = {                                     # (prompt, chosen and rejected) -> its name
@@ -122,19 +124,26 @@ class RowReader:
     def read(self, row,
              k:int,              # its number
              where:str           # begins a message
-            ) -> dict: # id, subset, chosen, rejected, and `own` if there are other columns
-        "A row as a pair. Raises `RowError`."
-        row = _renamed(row, self.columns, where)
-        format = row_format(row, where)
-        self._check_layout(FORMATS[format], where)
-        pair = as_pair(self._used(row), format, where, self.subset, f'{self.stem}:{k}')
-        self._check_id(pair['id'], where)
-        own = {name: _plain(v) for name, v in row.items() if name not in FIELDS}
-        self.layout, self.places[pair['id']] = FORMATS[format], k
-        self.others |= dict.fromkeys(own)
-        return pair | (dict(own=own) if own else {})
+            ) -> list[dict]: # each id, subset, chosen, rejected, labels; `own` if there are other columns; `list` of ranked answers
+        "A row as a pair, or as all pairs of its ranked answers. Raises `RowError`."
+        row, id = _renamed(row, self.columns, where), f'{self.stem}:{k}'
+        if not is_ranked(row): return [self._read_pair(row, k, where, id)]
+        rows = ranked_pairs(self._used(row), where, id)
+        return [self._read_pair(pair, k, where, pair['id']) | dict(list=pair['id'].rpartition('/')[0]) for pair in rows]
 
 # %% ../../nbs/10_data/16_formats.ipynb #3a2172b3
+@patch
+def _read_pair(self:RowReader, row, k, where, id):
+    format = row_format(row, where)
+    self._check_layout(FORMATS[format], where)
+    pair = as_pair(self._used(row), format, where, self.subset, id)
+    self._check_id(pair['id'], where)
+    own = {name: _plain(v) for name, v in row.items() if name not in FIELDS}
+    pair = labelled(pair, own, where)
+    self.layout, self.places[pair['id']] = FORMATS[format], k
+    self.others |= dict.fromkeys(own)
+    return pair | (dict(own=own) if own else {})
+
 @patch
 def _used(self:RowReader, row):
     return row if self.named else {k: v for k, v in row.items() if k not in ('id', 'subset')}

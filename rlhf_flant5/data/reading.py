@@ -14,15 +14,17 @@ from datasets import concatenate_datasets, Dataset, Features, Value
 from fastcore.basics import patch
 from ..core.files import ConfigError, RowError
 from .formats import BadRow, FORMATS, row_format, RowReader
-from .layouts import FIELDS, NUMBERS
+from .labels import decided, label_columns, LABELS
+from .layouts import FIELDS
 from .pairs import of_two_texts, read_dialogues
+from .ranked import is_ranked
 from .sources import open_source, Part, Source
 
 # %% ../../nbs/10_data/16b_reading.ipynb #237c838c
 @dataclass
 class Reading:
     "The pairs of a split, and what their reader saw."
-    pairs: Dataset           # id, subset, chosen, rejected; maybe columns of `NUMBERS`; maybe `own`, as JSON
+    pairs: Dataset           # id, subset, chosen, rejected; maybe columns of `LABELS`, `list`, or `own`, as JSON
     layout: str
     source: str              # the file or name that it began with
     unused: list[str] = field(default_factory=list)    # columns
@@ -43,6 +45,8 @@ def lines(self:Reading) -> list[str]:
             f'  prompt    {_shortened(chosen[:n])}',
             f'  chosen    {_shortened(chosen[n:])}',
             f'  rejected  {_shortened(rejected[n:])}']
+    labels = [name for name in LABELS if name in self.pairs.column_names]
+    if labels: said.append(f'  labels    {", ".join(labels)}')
     return said + [f'  columns not used: {", ".join(self.unused)}']*bool(self.unused)
 
 def _n_shared_turns(a, b): # characters of the turns that two dialogues begin with
@@ -54,10 +58,10 @@ def _first_row(part): return next((row for _, _, row in part.rows()), None)
 
 def _is_cached(part:Part, row) -> bool: # a file of HH-RLHF's dialogues and nothing else
     is_file = len(part.files) == 1 and part.files[0].suffix not in ('.csv', '.parquet')
-    if part.named or not is_file: return False
+    if part.named or not is_file or is_ranked(row): return False
     try: is_dialogues = row_format(row, '') == ('nothing', 'text')
     except ConfigError: return True          # the reader there says what is wrong
-    return is_dialogues and {*NUMBERS}.isdisjoint(row)
+    return is_dialogues and LABELS.keys().isdisjoint(row)
 
 def _cached(part): # dialogues, with the columns that stand beside them
     row = _first_row(part)
@@ -76,29 +80,25 @@ def _read_rows(part, columns, bad_rows): # (pairs as dicts, their reader, bad ro
     for k, place, row in part.rows():
         try:
             if isinstance(row, ConfigError): raise row
-            found.append(reader.read(row, k, place))
+            found += reader.read(row, k, place)
         except ConfigError as e:
             if bad_rows == 'error': raise
             _note_bad(bad, part, place, e)
     return found, reader, bad
 
 # %% ../../nbs/10_data/16b_reading.ipynb #27a35f54
-def _as_number(v): # None: it is none
-    try: return float(v)
-    except (TypeError, ValueError): return None
-
 def _as_dataset(found, keep_own) -> Dataset:
     columns = {k: [row[k] for row in found] for k in ('id', 'subset', 'chosen', 'rejected')}
     kinds = dict.fromkeys(columns, Value('string'))
-    own = [row.get('own', {}) for row in found]
-    for name in NUMBERS:
-        if not any(name in o for o in own): continue
-        columns[name] = [_as_number(o.get(name)) for o in own]
-        kinds[name] = Value('float64')
+    if any('list' in row for row in found):
+        columns['list'] = [row.get('list', row['id']) for row in found]
+        kinds['list'] = Value('string')
+    numbers = label_columns(found)
+    kinds |= dict.fromkeys(numbers, Value('float64'))
     if keep_own:
-        columns['own'] = [*map(json.dumps, own)]
+        columns['own'] = [json.dumps(row.get('own', {})) for row in found]
         kinds['own'] = Value('string')
-    return Dataset.from_dict(columns, features=Features(kinds))
+    return Dataset.from_dict(columns | numbers, features=Features(kinds))
 
 # %% ../../nbs/10_data/16b_reading.ipynb #63ae6f57
 def _refuse_all(part, bad):
@@ -112,7 +112,8 @@ def _read_part(part, columns, bad_rows, keep_own) -> Reading:
     if plain and (cached := _cached(part)): return cached
     found, reader, bad = _read_rows(part, columns, bad_rows)
     if not found: _refuse_all(part, bad)
-    return Reading(_as_dataset(found, keep_own), reader.layout, part.brief, [*reader.others], bad)
+    unused = [name for name in reader.others if name not in LABELS]
+    return Reading(_as_dataset(found, keep_own), reader.layout, part.brief, unused, bad)
 
 # %% ../../nbs/10_data/16b_reading.ipynb #c01af661
 def _of_subsets(pairs, subsets, name):
@@ -199,7 +200,7 @@ def parts_of_run(d, # the `data` settings
 def unused_columns(d # the `data` settings
                   ) -> list[str]:
     "Columns that the first rows have and a run does not read."
-    used, found = {*FIELDS, *d.columns.values()}, {}
+    used, found = {*FIELDS, *LABELS, *d.columns.values()}, {}
     for parts in parts_of_run(d).values():
         for part in parts:
             row = _first_row(part)
@@ -243,10 +244,11 @@ def load_pairs(name,                         # of any kind that `read_any` takes
                tolerate:float=0,             # at most this share of bad rows is left out
                bad:list|None=None            # gets what is wrong with each of them
               ) -> tuple[pd.DataFrame, str]: # columns id, subset, chosen, rejected, maybe `own`; the layout's name
-    "Pairs to evaluate on; pairs of two equal texts are dropped. Raises `ConfigError` in one line."
+    "Pairs to evaluate on; pairs of two equal texts and ties are dropped. Raises `ConfigError` in one line."
     read = defaultdict(Counter)
     reading = read_any(name, split, subsets, columns=columns, counts=read, keep_own=True,
                        bad_rows='drop' if tolerate else 'error')
+    reading.pairs = decided(reading.pairs)
     _check_fraction(reading.bad, sum(c['read'] for c in read.values()), tolerate)
     if bad is not None: bad += [f'{row.place}: {row.why}' for row in reading.bad]
     if counts is not None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 from ..core.files import ConfigError
 from ..core.hub import local_folder, read_tokenizer, resolve_folder, TOKENIZER_FILES
+from .labels import decided
 from .pairs import answer_start, draw, split_validation, table_key
 
 # %% ../../nbs/10_data/11a_tokens.ipynb #2deca883
@@ -127,6 +128,13 @@ def _validation(tokenized, cfg): # (train, validation): a share of the conversat
     if 'validation' in tokenized: return tokenized['train'], tokenized['validation']
     return split_validation(tokenized['train'], cfg.val_fraction, cfg.seed)
 
+def _of_judged(part, ds, counts): # `part`: the split that its pairs were read in
+    "The pairs that accuracy can be computed on: those with an answer that most people prefer."
+    kept = decided(ds)
+    left_out = Counter(ds['subset'][:]) - Counter(kept['subset'][:])
+    for subset, n in left_out.items(): counts[f'{subset}/{part}']['ties not judged'] += n
+    return kept
+
 def _refuse_empty(split, cfg, counts):
     raise ConfigError(f'no {split} pair is left (data.max_tokens={cfg.max_tokens}, '
                       f'data.val_fraction={cfg.val_fraction}); counted: {counts_line(counts)}')
@@ -141,9 +149,10 @@ def prepare_splits(raw:dict[str, Dataset], # as read: `train`, maybe `validation
     "Split, draw and tokenize. Raises `ConfigError` if a split is left without a pair."
     tokenized = {s: tokenize_pairs(ds, tokenizer, cfg.max_tokens, cfg.too_long, s, counts) for s, ds in raw.items()}
     train, val = _validation(tokenized, cfg)
+    val = _of_judged('validation' if 'validation' in raw else 'train', val, counts)
     splits = dict(train=draw(train, cfg.n_train_data, cfg.seed), validation=draw(val, n_val_data, cfg.seed))
     tests = {s: ds for s, ds in tokenized.items() if s not in splits}
-    splits |= {s: draw(ds, cfg.n_test_data, cfg.seed) for s, ds in tests.items()}
+    splits |= {s: draw(_of_judged(s, ds, counts), cfg.n_test_data, cfg.seed) for s, ds in tests.items()}
     for split, ds in splits.items():
         if not len(ds): _refuse_empty(split, cfg, counts)
         _count_used(ds, split, split if split in raw else 'train', counts)

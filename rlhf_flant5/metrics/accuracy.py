@@ -86,22 +86,31 @@ def margins(chosen, rejected) -> np.ndarray: # (n,)
 def pair_points(margin): # what each pair is worth: 1, a tie 1/2, or 0
     return (margin > 0) + .5*(margin == 0)
 
+# %% ../../nbs/40_metrics/41_accuracy.ipynb #cef2d41e
+def _soft_scores(points, p): # points: of `pair_points`
+    agreement = p*points + (1 - p)*(1 - points)
+    return dict(agreement=float(agreement.mean()), best_agreement=float(np.mean(p)))
+
 # %% ../../nbs/40_metrics/41_accuracy.ipynb #05ba8965
 def score_rows(chosen:np.ndarray,    # rewards of the chosen texts, (n,)
                rejected:np.ndarray,  # rewards of the rejected ones, (n,)
-               clusters=None         # the conversation of each pair, (n,); None: pairs are independent
-              ) -> dict: # loss, accuracy with low and high (95%), n, n_ties, margin; facts of clusters
+               clusters=None,        # the conversation of each pair, (n,); None: pairs are independent
+               p=None                # share of people who prefer the chosen text, (n,); None: all
+              ) -> dict: # loss, accuracy with low and high (95%), n, n_ties, margin; facts of clusters and of p
     "Scores over pairs, each pair counting the same. Raises as `margins` does."
     margin = margins(chosen, rejected)
     n, points = len(margin), pair_points(margin)
     interval = accuracy_interval(points, clusters)
-    loss = float(np.logaddexp(0, -margin).mean())
+    soft = {} if p is None else _soft_scores(points, p)
+    share = 1. if p is None else p
+    loss = float((np.logaddexp(0, -margin) + (1 - share)*margin).mean())
     return dict(loss=loss, accuracy=float(points.sum())/n, low=interval['low'], high=interval['high'],
-                n=n, n_ties=int((margin == 0).sum()), margin=float(margin.mean())) | interval
+                n=n, n_ties=int((margin == 0).sum()), margin=float(margin.mean())) | interval | soft
 
 # %% ../../nbs/40_metrics/41_accuracy.ipynb #ad6a8840
 def pair_scores(chosen, rejected, subsets,
-                clusters=None # the conversation of each pair; None: pairs are independent
+                clusters=None, # the conversation of each pair; None: pairs are independent
+                p=None         # share of people who prefer the chosen text, of each pair; None: all
                ) -> dict: # as `score_rows`, with `subsets`: {name: the same}
     """Scores over all pairs and for each subset.
     Raises `ValueError` without a pair or for columns of unequal length, and as `margins` does."""
@@ -110,17 +119,20 @@ def pair_scores(chosen, rejected, subsets,
         raise ValueError(f'{len(chosen)} chosen and {len(rejected)} rejected rewards, {len(subsets)} subsets: must be as many')
     chosen, rejected, names = np.asarray(chosen), np.asarray(rejected), np.asarray(subsets)
     keys = None if clusters is None else np.asarray(clusters, dtype=object)
-    def scores(of): return score_rows(chosen[of], rejected[of], None if keys is None else keys[of])
+    def scores(of): return score_rows(chosen[of], rejected[of], *(v if v is None else v[of] for v in (keys, p)))
     return scores(slice(None)) | dict(subsets={str(s): scores(names == s) for s in np.unique(names)})
 
 # %% ../../nbs/40_metrics/41_accuracy.ipynb #ea4f3d3c
 def show_scores(scores:dict # of `pair_scores`
                ) -> str:
-    "`72.3% (70.1 to 74.4) of 1,612, loss 0.55`, with the ties if there are any."
+    "`72.3% (70.1 to 74.4) of 1,612, loss 0.55`, with ties and soft labels if there are any."
     n_ties = scores['n_ties']
     ties = f', {n_ties:,} tie{"s"*(n_ties > 1)}' if n_ties else ''
     interval = f'{100*scores["low"]:.1f} to {100*scores["high"]:.1f}'
-    return f'{100*scores["accuracy"]:.1f}% ({interval}) of {scores["n"]:,}{ties}, loss {scores["loss"]:.4f}'
+    soft = ''
+    if 'agreement' in scores:
+        soft = f', agreement {100*scores["agreement"]:.1f}% of at most {100*scores["best_agreement"]:.1f}%'
+    return f'{100*scores["accuracy"]:.1f}% ({interval}) of {scores["n"]:,}{ties}{soft}, loss {scores["loss"]:.4f}'
 
 # %% ../../nbs/40_metrics/41_accuracy.ipynb #2e2f5fb2
 _KINDS = (dict(id=str, subset=str)                                                   # column -> type

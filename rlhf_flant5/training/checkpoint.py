@@ -40,6 +40,7 @@ class LoopState:
     n_worse: int = 0            # validations since then
     seconds: float = 0.         # spent in training, validation included
     token_budget: int = 0       # of a micro-batch
+    tie_threshold: float = 0.   # of the loss, where it is learned
 
 # %% ../../nbs/50_training/58_checkpoint.ipynb #235425a9
 def rng_state() -> dict:

@@ -180,7 +180,8 @@ def summarize(m:Member, best, scores:dict, begun:float) -> dict:
     clock = dict(
         seconds=state.seconds, seconds_in_all=state.seconds + time.monotonic() - begun,
         pairs_per_second=loop.n_pairs/state.seconds)
-    steps = dict(n_batches=state.n_batches, best_batch=state.best_batch, stopped_early=loop.stopped_early)
+    steps = dict(n_batches=state.n_batches, best_batch=state.best_batch, stopped_early=loop.stopped_early,
+                 tie_threshold=state.tie_threshold)
     size = dict(
         n_parameters=_n_values(model.parameters()),
         n_trained_parameters=_n_values(p for p in model.parameters() if p.requires_grad))

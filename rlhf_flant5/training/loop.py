@@ -17,6 +17,7 @@ from ..core.files import saving
 from ..core.processes import is_first, lost_processes, on_first, put_weights, weights_of
 from ..data.batches import Batches, Step
 from ..metrics.accuracy import pair_scores, show_scores
+from ..models.losses import PairLoss
 from .checkpoint import checked, checkpoint_path, fitting_weights, LoopState
 from .checkpoint import newest_checkpoint, put_best_back, restore_checkpoint
 from .checkpoint import save_checkpoint, save_weights
@@ -35,7 +36,7 @@ class TrainingLoop:
     def __init__(self,
                  model,                 # inputs -> rewards, chosen in the first half
                  optimizer,
-                 loss_fn:Callable,      # rewards (2B,) -> losses (B,)
+                 loss_fn:PairLoss,
                  train:Batches,
                  val:Batches,
                  cfg,                   # training.loop
@@ -49,7 +50,7 @@ class TrainingLoop:
         self.train, self.val, self.cfg, self.opt_cfg = train, val, cfg, opt_cfg
         self.folder, self.accelerator = Path(folder), accelerator
         self.trackers, self.save, self.save_frozen = list(trackers), save, save_frozen
-        self.state, self.recent = LoopState(), Recent()
+        self.state, self.recent = LoopState(tie_threshold=loss_fn.first_threshold(train.labels)), Recent()
         self.name, self.spoke = '', 0.      # begins its log lines; the time of the last one
 
 # %% ../../nbs/50_training/59_loop.ipynb #8309d8c1
@@ -63,7 +64,8 @@ def n_total(self:TrainingLoop) -> int: # batches of the whole run
 @patch(as_prop=True)
 def n_pairs(self:TrainingLoop) -> int: # trained on so far
     full, rest = divmod(self.n_batches, self.train.n_steps)
-    return full*len(self.train) + min(rest*self.train.batch_size, len(self.train))
+    share = min(rest*self.train.batch_size/self.train.n_drawn, 1)
+    return round((full + share)*len(self.train))
 
 @patch
 def rate(self:TrainingLoop, n:int) -> float: # of the batch after `n` batches
@@ -120,7 +122,7 @@ def validate(self:TrainingLoop,
              rewards:np.ndarray  # of the validation pairs, (2, pairs)
             ) -> dict: # scores
     "Look at a validation; the model is saved if its loss is the lowest so far."
-    scores, s = pair_scores(*rewards, self.val.subsets), self.state
+    scores, s = pair_scores(*rewards, self.val.subsets, p=self.val.labels.get('p')), self.state
     if scores['loss'] < s.best_loss:
         s.best_loss, s.best_batch, s.n_worse = scores['loss'], s.n_batches, 0
         self.save_best(scores)
@@ -178,8 +180,11 @@ def steps_left(self:TrainingLoop):
 def step(self:TrainingLoop, step:Step):
     "One batch: rate and optimizer step."
     for group in self.optimizer.param_groups: group['lr'] = self.rate(self.n_batches)
+    self.loss_fn.tie_threshold = self.state.tie_threshold
     done = train_step(self.model, self.optimizer, self.loss_fn, step, self.train.ids,
                       self.accelerator, self.opt_cfg.max_grad_norm)
+    labels = self.train.labels_of(step.rows)
+    self.state.tie_threshold = self.loss_fn.next_threshold(done.chosen, done.rejected, labels)
     self.state.n_batches += 1
     self.recent.steps.append(done)
 

@@ -110,7 +110,8 @@ def final_scores(runs, loops, batches, splits, shared_pass
     for split in keys:
         rewards = _final_rewards(loops, batches[split], shared_pass)
         for run, l, own, (chosen, rejected) in zip(runs, loops, scores, rewards):
-            found = pair_scores(chosen, rejected, batches[split].subsets, clusters=keys[split])
+            p = batches[split].labels.get('p')
+            found = pair_scores(chosen, rejected, batches[split].subsets, keys[split], p)
             found['calibration_error'] = calibration_error(chosen, rejected)
             put_scores(own, split, found)
             if split == 'validation': own.update(_scale(chosen, rejected))

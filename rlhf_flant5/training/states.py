@@ -46,7 +46,7 @@ def first_states(backbone:Backbone,
         with torch.no_grad(), autocast() if autocast else nullcontext():
             states = backbone.read(**m.inputs)
         stacks = [states.first_positions(stack, n) for stack, n in blocks.items() if n]
-        first = torch.cat(stacks, 1).float().cpu()     # (2B, K, D)
+        first = m.of_texts(torch.cat(stacks, 1)).float().cpu()     # (2B, K, D)
         out[cut] = torch.stack(first.chunk(2), 1)      # (B, 2, K, D)
     return out
 
@@ -245,9 +245,11 @@ class FeatureBatches(Batches):
                  features:MappedStates|np.ndarray,   # (pairs, 2, K, D)
                  batches:PairBatches):               # whose pairs they are
         self.features, n = features, len(features)
+        most = max(map(len, batches.lists or [[0]]))          # pairs of one draw
         super().__init__(batches.ids, batches.subsets, lengths=np.ones(n, dtype=int), tokens=np.full(n, 2),
-                         batch_size=batches.batch_size, token_budget=2*batches.batch_size, seed=batches.seed,
-                         process=batches.process, n_processes=batches.n_processes)
+                         batch_size=batches.batch_size, token_budget=2*most*batches.batch_size, seed=batches.seed,
+                         process=batches.process, n_processes=batches.n_processes, labels=batches.labels,
+                         lists=batches.lists)
 
     def micro_batch(self, rows) -> MicroBatch:
         f = torch.from_numpy(self.features[rows])            # (B, 2, K, D)

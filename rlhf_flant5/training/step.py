@@ -36,14 +36,14 @@ class StepResult:
 # %% ../../nbs/50_training/55_step.ipynb #7c32dc14
 def _backward(model, loss_fn, step, accelerator) -> torch.Tensor: # rewards of the step's pairs, (2, pairs)
     "Add up the gradient of a step."
-    n, last = len(step.rows), len(step.micro_batches) - 1
-    rewards = torch.zeros(2, n, device=accelerator.device)
+    last = len(step.micro_batches) - 1
+    rewards = torch.zeros(2, len(step.rows), device=accelerator.device)
     for i, m in enumerate(step.micro_batches):
         try:
             with unsynced(model) if i < last else nullcontext():
-                with accelerator.autocast(): r = model(**m.inputs)
+                with accelerator.autocast(): r = m.of_texts(model(**m.inputs))
                 # subtle: a micro-batch of no rows still passes, and adds nothing
-                loss = loss_fn(r)[:len(m)].sum() * n_processes() / n
+                loss = loss_fn(r, **m.labels)[:len(m)].sum() * n_processes() / step.weight
                 accelerator.backward(loss)
         except RuntimeError as e:
             exchanges = i == last or isinstance(model, FSDPModule)
@@ -66,7 +66,7 @@ def _refuse_non_finite(chosen, rejected, norm, ids):
 # %% ../../nbs/50_training/55_step.ipynb #0d7da23c
 def train_step(model,
                optimizer,
-               loss_fn:Callable,    # rewards (2B,) -> losses (B,)
+               loss_fn:Callable,    # rewards (2B,), labels by their names -> losses (B,)
                step:Step,
                ids:list[str],       # of all pairs
                accelerator,
@@ -124,7 +124,7 @@ def _rewards(models, m:MicroBatch, batches, accelerator, shared_pass, autocast) 
     try:
         with autocast():
             shared = shared_pass(m)
-            rewards = [model(**shared.inputs).float().view(2, -1)[:, :len(m)] for model in models]
+            rewards = [m.of_texts(model(**shared.inputs)).float().view(2, -1)[:, :len(m)] for model in models]
             return torch.stack(rewards)
     except RuntimeError as e:
         if not should_reduce_batch_size(e) or len(m) < 2 or isinstance(models[0], FSDPModule): raise
@@ -163,13 +163,14 @@ def evaluate(model, batches:Batches, accelerator) -> np.ndarray: # (2, pairs)
 class OutOfMemory(RuntimeError):
     "A step does not fit, and can't be done in smaller pieces."
 
-def _obstacle(largest:MicroBatch, alone:bool) -> str: # empty: there is none
+def _obstacle(largest:MicroBatch, token_budget:int, alone:bool) -> str: # empty: there is none
     "Why a step can't be done in smaller pieces, and what to set."
     if not alone:
         return (f' while processes exchange gradients; set training.token_budget below {largest.n_positions}, '
                 'and go on with resume=true')
-    if len(largest) > 1: return ''
-    return (', which is one pair; set data.max_tokens lower, model.gradient_checkpointing=true, '
+    if len(largest) > 1 and largest.n_positions <= token_budget: return ''
+    what = 'one pair' if len(largest) == 1 else 'one list of answers'
+    return (f', which is {what}; set data.max_tokens lower, model.gradient_checkpointing=true, '
             'or distributed.strategy=fsdp')
 
 # %% ../../nbs/50_training/55_step.ipynb #74ffc985
@@ -185,7 +186,7 @@ def halved_budget(token_budget:int, # that the step was cut by
     largest = max(step.micro_batches, key=lambda m: m.n_positions)
     reason = str(error).splitlines()[0][:120]
     seen = f'out of memory with {largest.n_positions:,} positions at once ({reason})'
-    obstacle = _obstacle(largest, getattr(error, 'alone', n_processes() == 1))
+    obstacle = _obstacle(largest, token_budget, getattr(error, 'alone', n_processes() == 1))
     if obstacle: raise OutOfMemory(seen + obstacle) from error
     clear_device_cache()
     half = min(token_budget, largest.n_positions)//2

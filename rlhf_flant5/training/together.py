@@ -13,7 +13,7 @@ from ..core.files import ConfigError
 from ..core.machine import set_seed
 from ..core.processes import distribute_model, first_then_all, rank
 from ..data.batches import MicroBatch
-from ..models.base import pair_loss
+from ..models.losses import PairLoss
 from .budget import compile_if_it_pays
 from .build import build_backbone, build_model, keeps_states, kept_batches, make_optimizer
 from .build import model_class, start_from, token_batches
@@ -84,7 +84,7 @@ def make_loop(cfg, run, model, batches, accelerator, saver, trackers) -> Trainin
     model = distribute_model(model, cfg.distributed.strategy, accelerator)
     optimizer = make_optimizer(cfg.training.optimizer, model)
     return TrainingLoop(
-        model, optimizer, pair_loss, batches['train'], batches['validation'],
+        model, optimizer, PairLoss(**cfg.training.loss), batches['train'], batches['validation'],
         cfg.training.loop, cfg.training.optimizer, run.simulation, accelerator,
         trackers, saver.save, save_frozen=cfg.model.train_transformer)
 
