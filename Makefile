@@ -23,7 +23,7 @@ demo: $(READY) ## train all readouts on the toy world and compare them with base
 
 test: $(READY) ## run every notebook's tests, then the programs' tests
 	OMP_NUM_THREADS=1 .venv/bin/nbdev_test
-	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -n 3 --dist worksteal
 
 record: $(READY) ## write tests/trajectories.json anew: the curves that a deliberate change of the mathematics moves
 	.venv/bin/python tests/test_trajectories.py record

@@ -183,10 +183,10 @@ def test_a_validation_file_and_named_tests(forty, tmp_path):
 def test_what_is_not_used_is_named(forty, tmp_path):
     rows = [as_texts(p) | dict(margin=1.5, source='me') for p in forty]
     reading = read_any(str(write_lines(tmp_path/'pairs.jsonl', rows)))
-    assert reading.unused == ['margin', 'source']
+    assert reading.unused == ['source']
     assert reading.pairs['margin'][:] == [1.5]*40
     shown = '\n'.join(reading.lines())
-    assert 'a prompt and responses, texts' in shown and 'columns not used: margin, source' in shown
+    assert 'a prompt and responses, texts' in shown and 'labels    margin' in shown and 'columns not used: source' in shown
 
 
 BAD = [dict(prompt='Why?', chosen='So.'), 'no JSON\n', dict(prompt='Why?', chosen=7, rejected='x'), [1],

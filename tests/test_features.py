@@ -8,6 +8,7 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import T5Model
+from datasets import Dataset
 from rlhf_flant5.training import segments, states
 from rlhf_flant5.backbone.t5 import Backbone
 from rlhf_flant5.core.files import ConfigError
@@ -29,7 +30,7 @@ def world(n=N):
     ids = [rng.integers(3, 500, size=rng.integers(4, 40)).tolist() for _ in range(2*n)]
     pairs = dict(chosen_ids=ids[:n], rejected_ids=ids[n:], id=[*map(str, range(n))], subset=['x']*n)
     backbone = Backbone(toy_transformer(cls=T5Model), train_transformer=False)
-    return backbone, PairBatches(pairs, 0, 8, 512)
+    return backbone, PairBatches(Dataset.from_dict(pairs), 0, 8, 512)
 
 
 def work(folder, notes, slow=0.):

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest, torch
 from conftest import root, saved_run, short
+from datasets import Dataset
 from rlhf_flant5 import compare
 from rlhf_flant5.backbone.t5 import Backbone, load_flan_t5
 from rlhf_flant5.comparison.report import write_report
@@ -446,7 +447,7 @@ def world():
     lengths = range(4, 44)
     ids = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     pairs = dict(chosen_ids=ids[:20], rejected_ids=ids[20:], id=[*map(str, range(20))], subset=['x']*20)
-    return Backbone(toy_transformer(cls=T5Model), train_transformer=False), PairBatches(pairs, 0, 8, 512)
+    return Backbone(toy_transformer(cls=T5Model), train_transformer=False), PairBatches(Dataset.from_dict(pairs), 0, 8, 512)
 
 
 def link(path, kind, victim):

@@ -11,7 +11,7 @@ from .exits import BAD_INPUT, CODES, DONE, end, flush_output, one_line
 from .exits import say, signals_leave, signals_raise, write_anything
 
 # %% ../../nbs/00_core/06_program.ipynb #d06e7e99
-import argparse, difflib, re, runpy, sys
+import argparse, difflib, gc, re, runpy, sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import update_wrapper
@@ -152,8 +152,10 @@ class Program:
         self.parser, self.__name__ = parser, 'main'
         self.failures, self.shared = failures, shared
         self.go_on, self.remedy = go_on, remedy
+        self.is_early = False              # between `early` and the call: its modules are being imported
 
     def __call__(self, argv:list[str]|None=None) -> int: # default: the command line
+        self._end_imports()
         write_anything()
         try:
             with signals_raise():
@@ -175,6 +177,15 @@ class Program:
         try: args, code = self.options()
         except Exception as e: code = end(e)
         if code is not None: sys.exit(code)
+        self.is_early = True
+        gc.disable()
+
+    def _end_imports(self):
+        if not self.is_early: return
+        # what was imported stays: the collector need not look at it again, nor at the end
+        gc.freeze()
+        gc.enable()
+        self.is_early = False
 
     # pickled like a function: another process finds it by its name
     def __reduce__(self): return self.__name__

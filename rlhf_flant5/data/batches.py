@@ -230,7 +230,7 @@ def steps(self:Batches, epoch:int, start:int=0):
     order = epoch_order(self.n_drawn, self.seed, epoch)
     for s in range(start, self.n_steps):
         drawn = order[s*self.batch_size:(s + 1)*self.batch_size]
-        rows, cuts = self._deal_pairs(drawn) if self.lists is None else self._deal_lists(drawn)
+        rows, cuts = self._deal_pairs(drawn) if self.lists is None else self._deal_lists([self.lists[i] for i in drawn])
         yield Step(rows, list(self._own(cuts)), int(self.tokens[rows].sum()), self._weight(rows))
 
 @patch
@@ -270,8 +270,7 @@ def _cut_lists(self:Batches, lists): # rows of each micro-batch
     return [np.concatenate([lists[i] for i in cut]) for cut in cuts]
 
 @patch
-def _deal_lists(self:Batches, drawn): # as `_deal_pairs`
-    lists = [self.lists[i] for i in drawn]
+def _deal_lists(self:Batches, lists): # as `_deal_pairs`
     tokens = np.array([self.tokens[rows].sum() for rows in lists])
     dealt = [[lists[i] for i in own] for own in deal(tokens, self.n_processes)]
     return np.concatenate(lists), [self._cut_lists(own) for own in dealt]
