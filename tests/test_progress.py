@@ -30,11 +30,11 @@ def test_first_lines(results, capsys):
     lines, s = err.splitlines(), summary(results, 'a')
     trained, n = s['n_trained_parameters'], s['n_parameters']
     assert lines[0] == f'run {run(results, "a")}'
-    opening = [f'decoder_output on toy-random, trained: {trained:,} of {n:,} parameters trained ({trained/n:.2%})',
+    opening = [f'decoder_output on toy, trained: {trained:,} of {n:,} parameters trained ({trained/n:.2%})',
                'on cpu in bf16',
                'pairs: 134 to train on, 40 for validation, 60 to test on',
                '9 batches of 16 pairs an epoch, 27 in all (3 epochs); validations: 2, checkpoints: 2',
-               'learning rate up to 0.0007 over 20 batches, then from 0.0007 to 0.0005 once an epoch, '
+               'learning rate up to 0.002 over 20 batches, then from 0.002 to 0.0005 once an epoch, '
                'exponentially, over 3 epochs']
     for line in opening: assert line in lines
 
@@ -55,7 +55,7 @@ def test_precision_says_why(results, capsys):
     err = capsys.readouterr().err
     why = r'(bf16 \(auto: the cpu computes in it\)|fp32 \(auto: the cpu does not compute in bf16\))'
     assert re.search(rf'^on cpu in {why}$', err, re.M)
-    assert ('learning rate constant at 0.0007: schedule=epochs decays between epochs, this run has one, '
+    assert ('learning rate constant at 0.002: schedule=epochs decays between epochs, this run has one, '
             'so final_lr=0.0005 is not used; take training.optimizer.schedule=linear') in err
 
 
@@ -77,7 +77,7 @@ def test_the_rate_ends_at_final_lr(results, schedule, n_batches):
                  interval('train_status_update', EACH_BATCH)]) == 0
     rates = [r['train/learning_rate'] for r in history(results, 'a') if 'train/learning_rate' in r]
     assert len(rates) == n_batches
-    assert rates[0] == 7e-4
+    assert rates[0] == 2e-3
     assert rates[-1] == pytest.approx(5e-4, rel=1e-12)
     assert min(rates) >= 5e-4*(1 - 1e-12)
 

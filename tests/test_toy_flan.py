@@ -73,4 +73,4 @@ def test_the_settings_name_either_toy(name, expected):
     cfg = load_config(['experiment=toy', f'model.transformer_name={name}'])
     built = build_model(cfg.model, 1).backbone.transformer.shared.weight
     assert torch.equal(built, expected(cls=T5EncoderModel).shared.weight)
-    assert load_config(['experiment=toy']).model.transformer_name == 'toy-random'
+    assert load_config(['experiment=toy']).model.transformer_name == 'toy'

@@ -28,6 +28,7 @@ def every(n): return '{interval_val: %d, interval_type: batches, max_n_intervals
 SETTINGS = ['experiment=toy', 'model.transformer_name=toy-random', 'desc=curve', 'device_name=cpu',
             'sim_man.allow_untracked=true', 'resume=true',
             'training.precision=fp32', 'training.compile=false', 'training.token_budget=512',
+            'training.optimizer.init_lr=7e-4', 'training.optimizer.final_lr=5e-4',
             'model.kept_dtype=float32',
             'data.n_train_data=240', 'data.n_test_data=10', 'training.loop.n_val_data=50',
             'training.loop.train_batch_size=8', f'training.loop.n_batches={N_STEPS}', 'training.loop.n_epochs=2',
