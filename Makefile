@@ -50,7 +50,7 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 	.venv/bin/python tools/make_readme.py
 
 docs: $(READY) ## build the docs site in _docs (needs Quarto)
-	@if command -v quarto >/dev/null; then PATH="$$PWD/.venv/bin:$$PATH" nbdev_docs; else \
+	@if command -v quarto >/dev/null; then PATH="$$PWD/.venv/bin:$$PATH" nbdev_docs && .venv/bin/python tools/make_readme.py; else \
 	.venv/bin/python -c 'from nbdev.serve import proc_nbs; proc_nbs()' && \
 	echo 'The pages are prepared in _proc, but not rendered: Quarto is not installed (https://quarto.org).'; fi
 

@@ -99,6 +99,40 @@ def test_pages_are_prepared(copy):
         assert meta['description']
 
 
+def test_nothing_is_fetched_from_elsewhere():
+    "Fonts are the reader's own, and formulas are MathML, which needs no script."
+    settings = yaml.safe_load((nbs/'_quarto.yml').read_text())
+    html = settings['format']['html']
+    assert html['html-math-method'] == 'mathml'
+    for theme in html['theme'].values(): assert theme[-1] == 'site.scss'
+    assert '$web-font-path: false;' in (nbs/'site.scss').read_text()
+    for name in ('site.scss', 'styles.css'): assert '//' not in re.sub('^//.*$', '', (nbs/name).read_text(), flags=re.M)
+
+
+def test_view_source_leads_to_the_notebooks():
+    website = yaml.safe_load((nbs/'_quarto.yml').read_text())['website']
+    assert website['repo-subdir'] == 'nbs' and (nbs/website['favicon']).exists()
+
+
+@pytest.mark.parametrize('name', notebooks)
+def test_no_cell_is_dropped_by_the_build(name):
+    "The build deletes a cell of Markdown that begins with # and ends with a hyphen after a space, with all that is in it."
+    texts = [source(cell).strip() for cell in cells(nbs/name) if cell['cell_type'] == 'markdown']
+    assert not [text for text in texts if text.endswith(' -')]
+
+
+LINK = re.compile(r'\]\(([^)#:]+)(#[^)]*)?\)')
+
+@pytest.mark.parametrize('name', notebooks)
+def test_links_lead_to_files(name):
+    "Links within the book name notebooks, not the pages that are made of them."
+    for cell in cells(nbs/name):
+        if cell['cell_type'] != 'markdown': continue
+        for target, _ in LINK.findall(source(cell)):
+            assert not target.endswith('.html'), target
+            assert (nbs/name).parent.joinpath(target).exists(), target
+
+
 def test_settings_are_in_nbdev_yml(copy):
     res = run('from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', copy)
     assert res.returncode == 0, res.stderr
