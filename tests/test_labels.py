@@ -125,6 +125,15 @@ def test_a_threshold_needs_ties(results, rows):
         train(rows, **small, ties='rao_kupper')
 
 
+def test_a_run_goes_on_with_its_own_labels(results, rows):
+    pairs = labelled(rows, weight=[1, 2])
+    constant = dict(desc='own', index=0, schedule='constant')
+    scores(pairs, **constant)
+    again = labelled(rows, weight=[2, 1])
+    with pytest.raises(ConfigError, match='the labels are not those that the run began with'):
+        train(again, **small | constant | dict(resume=True, epochs=2))
+
+
 def ranked(n, k=4):
     "Prompts with k answers each, from best to worst by the toy world's gold reward."
     pairs = toy_pairs(3*n)

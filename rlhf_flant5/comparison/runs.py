@@ -18,7 +18,7 @@ from ..training.runs import find_runs, parse_run, RUN_NAME
 
 # %% ../../nbs/75_comparison/76_runs.ipynb #86e76025
 ORDER = ['attention_pooled_encoder', 'attention_pooled_decoder', 'decoder_output',     # the default first
-         'layerwise_attention', 'full_attention_pooling']
+         'layerwise_attention', 'full_attention_pooling', 'answer_decoder']
 
 @dataclass
 class Saved:

@@ -95,7 +95,7 @@ def disagreement_numbers(c:Comparison) -> pd.DataFrame: # rows x rows, percent
 
 # %% ../../nbs/75_comparison/78_scores.ipynb #9dc6ba3c
 def judges(c:Comparison) -> list[Row]:
-    "The readouts that are right more often than every baseline, or all if fewer than two are: the others guess."
+    "The readouts that are right more often than every baseline, or all if fewer than two are."
     right = lambda r: seeds_accuracy(r.tables['test'])['accuracy']
     most = max((right(r) for r in c.rows if r.baseline), default=0)
     return good if len(good := [r for r in c.models if right(r) > most]) > 1 else c.models

@@ -33,7 +33,7 @@ _FOOTNOTES = [
     'conversation (the same first human turn) count together.',
     'spread over seeds: standard deviation of the test accuracy over a row\'s seeds, in points.',
     'p, corrected: two-sided p-value of the difference to row 1, corrected for the number of rows that are tested '
-    '(Holm 1979). A row of one seed gets none: of its recipe nothing is known but that run.',
+    '(Holm 1979). A readout of one seed gets none: of its recipe nothing is known but that run.',
     'of two seeds: the seeds\' part of the variance has 1 degree of freedom, and Student\'s factor is 12.7 there. '
     'Where seeds spread more than pairs do, such an interval is very wide; a third seed narrows it most.',
     'shared: this row shared the passes of a frozen transformer with others, so that no speed or memory of its own '

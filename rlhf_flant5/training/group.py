@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from ..core.files import saving, write_file
 from ..core.machine import peak_memory, precision_name
 from ..core.processes import is_first, n_processes, on_first, weights_of
+from ..data.labels import labels_digest
 from ..data.pairs import fingerprint
 from ..data.tokens import counts_line
 from ..models.base import readout_name, RewardModel
@@ -42,6 +43,8 @@ class Data:
 
     def fingerprints(self) -> dict:
         return {name: fingerprint(pairs) for name, pairs in self.splits.items()}
+
+    def labels(self) -> dict: return {name: labels_digest(pairs) for name, pairs in self.splits.items()}
 
 # %% ../../nbs/50_training/59i_group.ipynb #93a1074d
 @dataclass
@@ -95,7 +98,7 @@ def note_sources(runs, data:Data, device):
     def note(run):
         run.record('counts', data.counts)
         _note_bad_rows(run, bad)
-        check_origin(run, pairs=data.fingerprints())
+        check_origin(run, pairs=data.fingerprints(), labels=data.labels())
         note_machine(run, device)
     for run in runs:
         log.info(f'run {run.dir}' + (' goes on' if run.resumed else ''))
