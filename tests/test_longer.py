@@ -10,7 +10,7 @@ from rlhf_flant5.training.pipeline import train_run
 longer = ['experiment=toy', 'device_name=cpu', 'sim_man.allow_untracked=true', 'training.precision=fp32',
           'data.n_train_data=48', 'data.n_test_data=20', 'training.loop.n_val_data=40',
           'training.loop.train_batch_size=16', 'training.optimizer.init_lr=7e-4', 'training.optimizer.final_lr=7e-4',
-          'training.loop.intervals.validation={interval_val: 1, interval_type: per-epoch}']
+          'training.loop.intervals.validation={interval_val: 1, interval_type: per-epoch, min_batches: 0}']
 
 
 def n_epochs(n): return f'training.loop.n_epochs={n}'
