@@ -148,6 +148,7 @@ def test_ranked_answers_are_all_their_pairs(tmp_path):
     reading = read_any(str(path))
     assert len(reading.pairs) == 60 and {*reading.pairs['list'][:]} == {f'lists:{i}' for i in range(1, 11)}
     assert np.allclose(reading.pairs['weight'][:], 1/6)
+    assert reading.layout == 'ranked answers, as pairs of a prompt and responses, texts'
 
 
 @pytest.mark.parametrize('model', ['decoder_output', 'answer_decoder', 'layerwise_attention'])

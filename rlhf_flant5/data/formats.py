@@ -120,6 +120,7 @@ class RowReader:
         self.stem, self.subset, self.columns, self.named = stem, subset, columns, named
         self.layout, self.places = '', {}                # its name in `FORMATS`; id -> row it was seen in
         self.others = {}                                 # names of columns that are no pair's own
+        self.has_lists = False                           # of ranked answers
 
     def read(self, row,
              k:int,              # its number
@@ -128,6 +129,7 @@ class RowReader:
         "A row as a pair, or as all pairs of its ranked answers. Raises `RowError`."
         row, id = _renamed(row, self.columns, where), f'{self.stem}:{k}'
         if not is_ranked(row): return [self._read_pair(row, k, where, id)]
+        self.has_lists = True
         rows = ranked_pairs(self._used(row), where, id)
         return [self._read_pair(pair, k, where, pair['id']) | dict(list=pair['id'].rpartition('/')[0]) for pair in rows]
 

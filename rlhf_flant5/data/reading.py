@@ -113,7 +113,8 @@ def _read_part(part, columns, bad_rows, keep_own) -> Reading:
     found, reader, bad = _read_rows(part, columns, bad_rows)
     if not found: _refuse_all(part, bad)
     unused = [name for name in reader.others if name not in LABELS]
-    return Reading(_as_dataset(found, keep_own), reader.layout, part.brief, unused, bad)
+    layout = f'ranked answers, as pairs of {reader.layout}' if reader.has_lists else reader.layout
+    return Reading(_as_dataset(found, keep_own), layout, part.brief, unused, bad)
 
 # %% ../../nbs/10_data/16b_reading.ipynb #c01af661
 def _of_subsets(pairs, subsets, name):
