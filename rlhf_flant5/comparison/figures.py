@@ -227,16 +227,22 @@ def _panel(ax, row, numbers, s):
     ax.legend(fontsize=7, loc='upper left')
 
 # %% ../../nbs/75_comparison/79a_figures.ipynb #ba98dfda
+def _of_enough(numbers, rows): # of `calibration_numbers`: these rows, and bins of at least five pairs a seed
+    n_runs = {row.name: len(row.runs) for row in rows}
+    return numbers[numbers.n >= 5*numbers.row.map(n_runs)]
+
 def plot_calibration(c:Comparison, scores:list[dict], n_cols:int=3):
-    "Reliability over all seeds of each row, before and after the temperature; ECE is the table's."
-    n, numbers = len(c.models), calibration_numbers(c)
+    """Reliability over all seeds of each trained row, or of each frozen one if none is trained, before and after
+    the temperature; bins of fewer than five pairs a seed are left out. ECE is the table's."""
+    drawn = [(row, s) for row, s in zip(c.models, scores) if row.trained] or [*zip(c.models, scores)]
+    n, numbers = len(drawn), _of_enough(calibration_numbers(c), [row for row, _ in drawn])
     cols = min(n, n_cols)
     fig, axes = figure(cols, -(-n//cols), width=3.1, height=3., squeeze=False, sharex=True, sharey=True)
     for i, ax in enumerate(axes.flat):
         if i >= n:
             ax.set_axis_off()
             continue
-        _panel(ax, c.models[i], numbers, scores[i])
+        _panel(ax, drawn[i][0], numbers, drawn[i][1])
         if i % cols == 0: ax.set_ylabel('favourite is the chosen one (%)')
         if i + cols >= n:
             ax.set_xlabel('claimed for the favourite (%)')

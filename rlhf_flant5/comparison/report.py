@@ -48,7 +48,7 @@ FIGURES = dict(
     curves=Figure(lambda c, s: plot_curves(c), lambda c, s: curve_numbers(c),
         'Validation accuracy as training goes on: the mean over seeds (thick), and each seed.'),
     calibration=Figure(plot_calibration, lambda c, s: calibration_numbers(c),
-        'How often the favourite is the chosen one, by the probability claimed for it, over all seeds; '
+        'How often the favourite is the chosen one, by the probability claimed for it, over all seeds of the trained rows; '
         'ECE is the mean over seeds, as in the table.'),
     length=Figure(lambda c, s: plot_length(s), lambda c, s: length_numbers(s),
         'Rank correlation of margin and length, and accuracy on all and on length-matched pairs, means over seeds.'),
