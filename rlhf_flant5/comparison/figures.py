@@ -227,13 +227,15 @@ def _panel(ax, row, numbers, s):
     ax.legend(fontsize=7, loc='upper left')
 
 # %% ../../nbs/75_comparison/79a_figures.ipynb #ba98dfda
-def _of_enough(numbers, rows): # of `calibration_numbers`: these rows, and bins of at least five pairs a seed
+def _of_enough(numbers, rows): # of `calibration_numbers`: these rows, and bins of at least five pairs a seed, or all bins
     n_runs = {row.name: len(row.runs) for row in rows}
-    return numbers[numbers.n >= 5*numbers.row.map(n_runs)]
+    numbers = numbers[numbers.row.isin(n_runs)]
+    enough = numbers.n >= 5*numbers.row.map(n_runs)
+    return numbers[enough] if enough.any() else numbers
 
 def plot_calibration(c:Comparison, scores:list[dict], n_cols:int=3):
     """Reliability over all seeds of each trained row, or of each frozen one if none is trained, before and after
-    the temperature; bins of fewer than five pairs a seed are left out. ECE is the table's."""
+    the temperature; bins of fewer than five pairs a seed are left out where others are left. ECE is the table's."""
     drawn = [(row, s) for row, s in zip(c.models, scores) if row.trained] or [*zip(c.models, scores)]
     n, numbers = len(drawn), _of_enough(calibration_numbers(c), [row for row, _ in drawn])
     cols = min(n, n_cols)
