@@ -88,8 +88,8 @@ def test_ties_teach_and_are_not_judged(rows, tmp_path):
 def test_labels_that_say_nothing_change_nothing(results, rows):
     plain, _ = scores(rows)
     silent, _ = scores(labelled(rows, margin=[0], weight=[1], p=[1], tie=[False]))
-    assert [{**line, 'seconds': 0} for line in plain] == [{**line, 'seconds': 0} for line in silent] or (
-        [line['train/gradient_norm'] for line in plain] == [line['train/gradient_norm'] for line in silent])
+    for name in ('train/loss', 'train/gradient_norm'):
+        assert [line[name] for line in plain] == [line[name] for line in silent]
 
 
 def test_equal_weights_are_no_weights(results, rows):
@@ -149,6 +149,23 @@ def test_ranked_answers_are_all_their_pairs(tmp_path):
     assert len(reading.pairs) == 60 and {*reading.pairs['list'][:]} == {f'lists:{i}' for i in range(1, 11)}
     assert np.allclose(reading.pairs['weight'][:], 1/6)
     assert reading.layout == 'ranked answers, as pairs of a prompt and responses, texts'
+
+
+BAD_LISTS = dict(
+    one=(dict(answers=['a']), 'must be a list of two at least'),
+    both=(dict(ranks=[1, 2], scores=[2, 1]), 'one of them says the order'),
+    ranks=(dict(ranks=[1, 'x']), "ranks is [1, 'x'], must be 2 finite numbers"),
+    weight=(dict(weight='heavy'), "weight is 'heavy', must be above 0"),
+    no_weight=(dict(weight=0), 'weight is 0, must be above 0'))
+
+
+@pytest.mark.parametrize('change, message', BAD_LISTS.values(), ids=BAD_LISTS)
+def test_a_bad_list_is_a_bad_row(change, message, tmp_path):
+    path = tmp_path/'lists.jsonl'
+    row = dict(prompt='What do bees make?', answers=['Honey.', 'Nests.'])
+    path.write_text(json.dumps(row) + '\n' + json.dumps(row | change) + '\n')
+    with pytest.raises(ConfigError) as e: read_any(str(path))
+    assert f'{path}:2: ' in str(e.value) and message in str(e.value)
 
 
 @pytest.mark.parametrize('model', ['decoder_output', 'answer_decoder', 'layerwise_attention'])

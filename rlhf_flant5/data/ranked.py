@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 import numpy as np
 from ..core.files import RowError
+from .labels import row_labels
 
 # %% ../../nbs/10_data/15b_ranked.ipynb #b10414f1
 _OF_LIST = 'answers', 'ranks', 'scores'
@@ -20,9 +21,10 @@ def is_ranked(row) -> bool:
 
 def _numbers(row, name, n, where) -> np.ndarray:
     values = row[name]
-    are_numbers = isinstance(values, (list, np.ndarray)) and all(isinstance(v, (int, float)) for v in list(values))
-    if are_numbers and len(values) == n and np.isfinite(values).all(): return np.asarray(values, np.float64)
-    raise RowError(f'{where}: {name} is {values!r:.60}, must be {n} finite numbers, one for each answer', f'{name} that are none')
+    are_numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+    if are_numbers and len(values) == n and np.isfinite(values).all(): return np.array(values, np.float64)
+    raise RowError(f'{where}: {name} is {values!r:.60}, must be {n} finite numbers, one for each answer',
+                   f'{name} that are none')
 
 # %% ../../nbs/10_data/15b_ranked.ipynb #e655c5de
 def _worth(row, where) -> np.ndarray: # of each answer, more is better
@@ -44,7 +46,7 @@ def ranked_pairs(row:dict,  # prompt, answers, maybe ranks or scores, …
     worth = _worth(row, where)
     order = np.argsort(-worth, kind='stable')
     n_pairs = len(worth)*(len(worth) - 1)//2
-    weight = float(row.get('weight') or 1)/n_pairs
+    weight = row_labels(row, where).get('weight', 1.)/n_pairs
     own = {k: v for k, v in row.items() if k not in _OF_LIST}
     if own.get('id') is not None: id = own['id']
     pairs = []
